@@ -1,0 +1,1275 @@
+"""Mamba in one file: the selective state space model (S6), its language model, and constant-time generation.
+
+Albert Gu and Tri Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), arXiv:2312.00752;
+"the paper" below. A state space model carries a state h through the sequence. In Mamba the step size dt and the
+projections B and C depend on the current input, so the model selects what to keep in h and what to forget. Training reads
+a whole sequence in linear time; generation keeps only h and the last few inputs, however long the text has become.
+
+Copy this file into your project; it needs torch and einops (and transformers to load or save checkpoints):
+
+    model = MambaForCausalLM.from_pretrained("state-spaces/mamba-130m-hf")    # or a directory
+    ids = model.generate(input_ids, max_new_tokens=50)                        # (b, l) -> (b, l + 50)
+
+    $ python mamba.py "ROMEO:" --max-new-tokens 200
+
+Glossary
+    code        paper   shape           meaning
+    b, l        B, L                    batch size, sequence length
+    d_model                             width of the residual stream
+    e           D                       d_inner, the number of channels inside a layer; usually 2 * d_model
+    n           N                       d_state, the size of each channel's state
+    r           R                       dt_rank, the rank of the projection that makes dt
+    u           x       (b, l, e)       input of the state space model
+    y           y       (b, l, e)       its output
+    h           h       (b, e, n)       its state (`ssm_state` in the cache)
+    dt          Delta   (b, l, e)       step size; large: take the input in, small: keep the state (section 3.5)
+    A           A       (e, n)          state matrix, diagonal and negative; the parameter is A_log = log(-A)
+    B, C        B, C    (b, l, n)       input and output projections of the state, selected by the input
+    D           D       (e,)            skip connection
+    z           -       (b, l, e)       gate of the block (Figure 3)
+    conv_state  -       (b, e, d_conv)  the last inputs of the convolution, newest last
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Config
+# ----------------------------------------------------------------------------------------------------------------------
+
+DEFAULT_CHECKPOINT = Path(__file__).parent / "pretrained" / "shakespeare-mamba"  # of the command line
+
+
+@dataclass
+class MambaConfig:
+    """Sizes and settings of a model. Raises ValueError for values that make no sense, naming the field."""
+
+    d_model: int = 768
+    n_layer: int = 24
+    vocab_size: int = 50277
+    pad_vocab_size_multiple: int = 8  # embedding and head have `padded_vocab_size` rows
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    d_inner: int | None = None  # None: expand * d_model
+    dt_rank: int | str = "auto"  # "auto": ceil(d_model / 16)
+    dt_min: float = 0.001  # dt starts log-uniform in [dt_min, dt_max], but at least dt_init_floor
+    dt_max: float = 0.1
+    dt_init: str = "random"  # how dt_proj.weight starts: "random" or "constant"
+    dt_scale: float = 1.0  # and its scale, times dt_rank ** -0.5
+    dt_init_floor: float = 1e-4
+    mixer_rms_eps: float | None = None  # a number puts an RMS norm on dt, B and C: FalconMamba
+    bias: bool = False  # of in_proj and out_proj
+    conv_bias: bool = True
+    norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_embeddings: bool = True
+    initializer_range: float = 0.02  # standard deviation of the embedding at the start
+    eos_token_id: int | Sequence[int] | None = None  # for the command line, and kept in checkpoints
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass
+    num_labels: int = 2  # the classifier's fields: these three
+    pooling_strategy: str = "last"
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        sizes = ["d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "d_state", "d_conv", "expand"]
+        sizes += ["num_labels"]
+        self._check("a positive integer", lambda v: type(v) is int and v > 0, *sizes)
+        self._check("a positive number", lambda v: _is_number(v) and v > 0, "dt_min", "dt_max", "dt_scale")
+        self._check("a positive number", lambda v: _is_number(v) and v > 0, "dt_init_floor", "norm_epsilon")
+        self._check("a number, 0 or greater", lambda v: _is_number(v) and v >= 0, "initializer_range")
+        self._check("in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1, "dropout")
+        switches = ["bias", "conv_bias", "residual_in_fp32", "tie_embeddings", "gradient_checkpointing"]
+        self._check("True or False", lambda v: type(v) is bool, *switches)
+        self._check("'random' or 'constant'", lambda v: v in ("random", "constant"), "dt_init")
+        self._check("'last', 'mean' or 'max'", lambda v: v in ("last", "mean", "max"), "pooling_strategy")
+        self._check("None or a positive number", lambda v: v is None or _is_number(v) and v > 0, "mixer_rms_eps")
+        self._check(f"at least dt_min ({self.dt_min})", lambda v: v >= self.dt_min, "dt_max")
+        if self.d_inner is None:
+            self.d_inner = self.expand * self.d_model
+        if self.dt_rank == "auto":
+            self.dt_rank = math.ceil(self.d_model / 16)
+        self._check("a positive integer or None", lambda v: type(v) is int and v > 0, "d_inner")
+        self._check("a positive integer or 'auto'", lambda v: type(v) is int and v > 0, "dt_rank")
+
+    def _check(self, allowed: str, test, *names: str) -> None:
+        for name in names:
+            if not test(getattr(self, name)):
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return math.ceil(self.vocab_size / self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        known = [f.name for f in fields(cls)]
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(f"unknown config field {name!r} = {value!r}; allowed are {', '.join(known)}")
+        return cls(**values)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def save_to_json(self, path: str | os.PathLike) -> None:
+        _write_text(Path(path), self.to_json_string() + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> Self:
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    @classmethod
+    def from_checkpoint(cls, stored: Mapping[str, Any]) -> Self:
+        """The settings in a checkpoint's config.json, in transformers' or in state-spaces' format.
+
+        Raises ValueError for a model that this file does not implement, saying what it is.
+        """
+        if "model_type" not in stored:
+            return cls.from_dict(_from_state_spaces(stored, "Mamba1"))
+        model_type = stored["model_type"]
+        if model_type == "mamba2":
+            raise ValueError("config.json describes a Mamba-2 model (model_type 'mamba2'): load it with mamba2.py")
+        if model_type not in ("mamba", "falcon_mamba"):
+            raise ValueError(f"model_type must be 'mamba' or 'falcon_mamba', got {model_type!r}")
+        values = _from_transformers(stored)
+        if model_type == "falcon_mamba":
+            values["mixer_rms_eps"] = stored.get("mixer_rms_eps", 1e-6)
+        return cls.from_dict(values)
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """The fields of config.json in transformers' format."""
+        model_type = {"model_type": "mamba" if self.mixer_rms_eps is None else "falcon_mamba"}
+        rms_eps = {} if self.mixer_rms_eps is None else {"mixer_rms_eps": self.mixer_rms_eps}
+        return model_type | rms_eps | _to_transformers(self)
+
+
+# Our field: transformers' name for it, and the value that an absent one has there.
+TRANSFORMERS_FIELDS = {
+    "d_model": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
+    "d_inner": "intermediate_size",
+    "dt_rank": "time_step_rank",
+    "dt_min": "time_step_min",
+    "dt_max": "time_step_max",
+    "dt_init": "time_step_init_scheme",
+    "dt_scale": "time_step_scale",
+    "dt_init_floor": "time_step_floor",
+    "bias": "use_bias",
+    "conv_bias": "use_conv_bias",
+    "norm_epsilon": "layer_norm_epsilon",
+    "residual_in_fp32": "residual_in_fp32",
+    "tie_embeddings": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+    "eos_token_id": "eos_token_id",
+}
+TRANSFORMERS_DEFAULTS = {"n_layer": 32, "vocab_size": 50280, "initializer_range": 0.1, "eos_token_id": 0}
+STATE_SPACES_FIELDS = [
+    "d_model",
+    "n_layer",
+    "vocab_size",
+    "pad_vocab_size_multiple",
+    "residual_in_fp32",
+    "tie_embeddings",
+]
+# The layer's arguments in ssm_cfg: fields of ours, those that must have one value, those that only choose a kernel.
+SSM_CFG_FIELDS = ["d_state", "d_conv", "expand", "dt_rank", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor"]
+SSM_CFG_FIELDS += ["conv_bias", "bias"]
+SSM_CFG_FIXED = {}
+SSM_CFG_IGNORED = ["use_fast_path"]
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that it is there whole or not at all."""
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ours from a config.json of transformers; what we don't use is ignored."""
+    for name, allowed in (("hidden_act", "silu"), ("quantization_config", None)):
+        if stored.get(name, allowed) != allowed:
+            raise ValueError(f"{name} of a checkpoint must be {allowed!r} here, got {stored[name]!r}")
+    values = {ours: stored[name] for ours, name in TRANSFORMERS_FIELDS.items() if name in stored}
+    values = TRANSFORMERS_DEFAULTS | values
+    padded = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])
+    values["vocab_size"] = vocab_size = stored.get("unpadded_vocab_size", padded)
+    multiple = stored.get("pad_vocab_size_multiple", padded)
+    exact = math.ceil(vocab_size / multiple) * multiple == padded
+    values["pad_vocab_size_multiple"] = multiple if exact else padded
+    return values
+
+
+def _to_transformers(config: MambaConfig) -> dict[str, Any]:
+    """The fields of a config.json of transformers; it reads vocab_size as the number of rows, padding included."""
+    stored = {name: getattr(config, ours) for ours, name in TRANSFORMERS_FIELDS.items()}
+    stored |= {"vocab_size": config.padded_vocab_size, "unpadded_vocab_size": config.vocab_size}
+    stored |= {"pad_vocab_size_multiple": config.pad_vocab_size_multiple, "bos_token_id": None, "pad_token_id": None}
+    return stored | {"hidden_act": "silu", "use_cache": True}
+
+
+def _from_state_spaces(stored: Mapping[str, Any], layer: str) -> dict[str, Any]:
+    """Fields of ours from a config.json of state-spaces/mamba whose ssm_cfg must name this layer."""
+    if "d_model" not in stored:
+        raise ValueError("config.json has neither model_type (transformers) nor d_model (state-spaces)")
+    for name, what in (("attn_layer_idx", "attention"), ("d_intermediate", "MLP")):
+        if stored.get(name):
+            raise ValueError(f"{name} must be empty, got {stored[name]!r} (a hybrid with {what} layers): use mamba_ssm")
+    if not stored.get("rms_norm", True):
+        raise ValueError("rms_norm must be true, got false (a model with LayerNorm): use mamba_ssm")
+    ssm_cfg = dict(stored.get("ssm_cfg") or {})
+    if (found := ssm_cfg.pop("layer", "Mamba1")) != layer:
+        where = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py"}.get(found, "mamba_ssm")
+        raise ValueError(f"ssm_cfg['layer'] must be {layer!r} in this file, got {found!r}: use {where}")
+    values = {name: stored[name] for name in STATE_SPACES_FIELDS if name in stored}
+    for name, value in ssm_cfg.items():
+        if name in SSM_CFG_FIELDS:
+            values[name] = value
+        elif name not in SSM_CFG_IGNORED and SSM_CFG_FIXED.get(name, ...) != value:
+            known = ", ".join([*SSM_CFG_FIELDS, *SSM_CFG_FIXED, *SSM_CFG_IGNORED])
+            raise ValueError(f"ssm_cfg[{name!r}] = {value!r} is not implemented here (known: {known}): use mamba_ssm")
+    return values
+
+
+@dataclass
+class InferenceParams:
+    """The state of every layer after the tokens read so far: all that generation has to remember.
+
+    `key_value_memory_dict[layer] = (conv_state, ssm_state)`; an empty dict is the start of a sequence. Models take any
+    object with that dict. `seqlen_offset` counts the tokens read, for information.
+    """
+
+    key_value_memory_dict: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    seqlen_offset: int = 0
+
+    def reset(self) -> None:
+        """Forget everything: the next call starts a new sequence."""
+        self.key_value_memory_dict.clear()
+        self.seqlen_offset = 0
+
+    def clone(self) -> "InferenceParams":
+        """A copy with its own states: continue one prefix in several ways."""
+        states = {i: (conv.clone(), ssm.clone()) for i, (conv, ssm) in self.key_value_memory_dict.items()}
+        return InferenceParams(states, self.seqlen_offset)
+
+    def get_cache_info(self) -> dict[str, float]:
+        """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
+        return _cache_info(self)
+
+
+def _cache_info(inference_params: Any) -> dict[str, float]:
+    tensors = [state for states in inference_params.key_value_memory_dict.values() for state in states]
+    return {
+        "memory_mb": sum(state.numel() * state.element_size() for state in tensors) / 1e6,
+        "cached_layers": len(inference_params.key_value_memory_dict),
+        "total_tensors": len(tensors),
+        "seqlen_offset": getattr(inference_params, "seqlen_offset", 0),
+    }
+
+
+def _check_states(states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Raise ValueError unless a layer's cached states have the shapes that this input and this layer need."""
+    found = tuple(tuple(state.shape) for state in states)
+    if found != shapes:
+        of_batch = f" (batch size {found[0][0]} against the input's {shapes[0][0]})"
+        raise ValueError(f"inference_params must hold states of shapes {shapes}, got {found}{of_batch}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. The selective scan
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def selective_scan_recurrence(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The definition (equation 2 with the discretisation of Algorithm 2), one step after the other.
+
+    Arguments and results are those of `selective_scan`, which computes the same numbers fast.
+    """
+    h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state
+    ys = []
+    for u_t, dt_t, B_t, C_t in zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+        # Algorithm 2 names the zero-order hold (equation 4); the official code uses dt * B, Euler's rule, for B.
+        h = torch.exp(dt_t[..., None] * A) * h + (dt_t * u_t)[..., None] * B_t[:, None]  # (b, e, n)
+        ys.append((h @ C_t[..., None]).squeeze(-1))  # (b, e)
+    return torch.stack(ys, 1) if ys else torch.zeros_like(u), h
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    block_len: int | None = None,
+    n_parallel: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    b, _, e, n = *u.shape, A.shape[1]
+    h = dt.new_zeros(b, n, e) if initial_state is None else initial_state.mT.to(dt.dtype)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (u, dt, A, B, C, h))
+    y, h, _ = _scan(u, dt, A, B, C, h.contiguous(), block_len or 0, n_parallel or 0, keep)
+    return y, h.mT.contiguous()
+
+
+_BLOCK_ELEMENTS = 2**20
+
+
+def _tiling(b: int, l: int, e: int, n: int, block_len: int, n_parallel: int) -> tuple[int, int, int]:
+    t = block_len or min(64, max(16, _BLOCK_ELEMENTS // max(1, b * n * e)))
+    w = n_parallel or 1
+    return t, w, max(1, _BLOCK_ELEMENTS // (t * w * n * e))
+
+
+def _segments(l: int, t: int, w: int) -> list[tuple[int, int, int]]:
+    """Cut l steps into segments (start, t, w) of w blocks of t steps; the last ones are what is left over."""
+    segments, start = [], 0
+    while start < l:
+        rest = l - start
+        t, w = min(t, rest), min(w, max(1, rest // t))
+        segments.append((start, t, w))
+        start += t * w
+    return segments
+
+
+def _blocks(x: Tensor, rows: slice, start: int, t: int, w: int) -> Tensor:
+    """(b, l, c) to a view of one segment with the steps of a block first: (t, r, w, c)."""
+    return x[rows, start : start + t * w].unflatten(1, (w, t)).permute(2, 0, 1, 3)
+
+
+def _recur_(x: Tensor, decay: Tensor, entering: Tensor, reverse: bool = False) -> None:
+    """x[i] += decay[i-1] * x[i-1]"""
+    _, _, w, _, _ = x.shape
+    step = -1 if reverse else 1
+    xs, ds = x.unbind(0)[::step], decay.unbind(0)[::step]
+    order = range(w)[::step]
+    xs[0].zero_()
+    xs[0][:, order[0]] = entering
+    for x_t, x_next, d in zip(xs, xs[1:], ds):
+        x_next.addcmul_(d, x_t)
+    if w == 1:
+        return
+    product = torch.empty_like(x)
+    ps = product.unbind(0)[::step]
+    ps[1].copy_(ds[0])
+    for p, p_next, d in zip(ps[1:], ps[2:], ds[1:]):
+        torch.mul(p, d, out=p_next)
+    for prev, i in zip(order, order[1:]):
+        xs[0][:, i] = xs[-1][:, prev]
+        xs[-1][:, i].addcmul_(ps[-1][:, i], xs[0][:, i])
+    others = slice(0, -1) if reverse else slice(1, None)
+    x[1:-1, :, others].addcmul_(product[1:-1, :, others], xs[0][:, others])
+
+
+_NAMESPACE = __name__.replace(".", "_")
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
+def _scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, block_len: int, n_parallel: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    (b, l, e), n, s = u.shape, A.shape[1], dt.dtype
+    t, w, r = _tiling(b, l, e, n, block_len, n_parallel)
+    segments = _segments(l, t, w)
+    y = torch.empty_like(dt)  # (b, l, e)
+    final = torch.empty_like(h0)
+    borders = dt.new_empty(len(segments) if keep else 0, b, n, e)
+    A = A.to(s).t().contiguous()  # (n, e)
+    decay = dt.new_empty(t, r, w, n, e)
+    states = dt.new_empty(t + 1, r, w, n, e)
+    for row in range(0, b, r):
+        rows = slice(row, row + r)
+        h = h0[rows]
+        for i, (start, t, w) in enumerate(segments):
+            if keep:
+                borders[i, rows] = h
+            part = (rows, start, t, w)
+            d, x = decay[:t, : len(h), :w], states[: t + 1, : len(h), :w]
+            dt_, u_, B_, C_, y_ = (_blocks(v, *part) for v in (dt, u, B, C, y))
+            torch.mul(dt_[..., None, :], A, out=d).exp_()
+            torch.mul(B_.to(s)[..., None], (dt_ * u_)[..., None, :], out=x[1:])
+            _recur_(x, d, h)
+            y_.copy_((C_.to(s)[..., None, :] @ x[1:]).squeeze(-2))
+            h = x[-1, :, -1].clone()
+        final[rows] = h
+    return y, final, borders
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_backward", mutates_args=())
+def _scan_backward(
+    dy: Tensor,
+    dh: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    borders: Tensor,
+    block_len: int,
+    n_parallel: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (b, l, e), n, s = u.shape, A.shape[1], dt.dtype
+    t, w, r = _tiling(b, l, e, n, block_len, n_parallel)
+    segments = _segments(l, t, w)
+    du, ddt, dB, dC = (torch.empty_like(x) for x in (u, dt, B, C))
+    dh0 = torch.empty_like(dh)
+    A_t = A.to(s).t().contiguous()
+    dA = dt.new_zeros(r, w, n, e)
+    decay = dt.new_empty(t + 1, r, w, n, e)
+    states, grads = torch.empty_like(decay), torch.empty_like(decay)
+    for row in range(0, b, r):
+        rows = slice(row, row + r)
+        g = dh[rows]
+        for i, (start, t, w) in reversed(list(enumerate(segments))):
+            part = (rows, start, t, w)
+            d, x, gs = (v[: t + 1, : len(g), :w] for v in (decay, states, grads))
+            dt_, u_, B_, C_, dy_ = (_blocks(v, *part).to(s) for v in (dt, u, B, C, dy))
+            dtu = dt_ * u_
+            torch.mul(dt_[..., None, :], A_t, out=d[:-1]).exp_()
+            torch.mul(B_[..., None], dtu[..., None, :], out=x[1:])
+            _recur_(x, d[:-1], borders[i, rows])
+            torch.mul(C_[..., None], dy_[..., None, :], out=gs[:-1])
+            d[-1, :, -1] = 1
+            d[-1, :, :-1] = d[0, :, 1:]
+            _recur_(gs, d[1:], g, reverse=True)
+            q = gs[:-1]
+            g = d[0, :, 0] * gs[0, :, 0]
+            du_, ddt_, dB_, dC_ = (_blocks(v, *part) for v in (du, ddt, dB, dC))
+            dC_.copy_((x[1:] @ dy_[..., None]).squeeze(-1))
+            dB_.copy_((q @ dtu[..., None]).squeeze(-1))
+            d_dtu = (B_[..., None, :] @ q).squeeze(-2)
+            du_.copy_(d_dtu * dt_)
+            q.mul_(d[:-1]).mul_(x[:-1])
+            acc = dA[: len(g), :w]
+            for q_t, dt_t in zip(q.unbind(0), dt_[..., None, :].unbind(0)):
+                acc.addcmul_(q_t, dt_t)
+            d_dtu.mul_(u_)
+            for q_n, A_n in zip(q.unbind(-2), A_t):
+                d_dtu.addcmul_(q_n, A_n)
+            ddt_.copy_(d_dtu)
+        dh0[rows] = g
+    return du, ddt, dA.sum((0, 1)).t().to(A.dtype).contiguous(), dB, dC, dh0
+
+
+@_scan.register_fake
+def _(u, dt, A, B, C, h0, block_len, n_parallel, keep):
+    (b, l, e), n = u.shape, A.shape[1]
+    t, w, _ = _tiling(b, l, e, n, block_len, n_parallel)
+    return torch.empty_like(dt), torch.empty_like(h0), dt.new_empty(len(_segments(l, t, w)) if keep else 0, b, n, e)
+
+
+@_scan_backward.register_fake
+def _(dy, dh, u, dt, A, B, C, borders, block_len, n_parallel):
+    return tuple(torch.empty_like(x) for x in (u, dt, A, B, C, dh))
+
+
+def _setup(ctx, inputs, output):
+    *tensors, _, ctx.block_len, ctx.n_parallel, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _backward(ctx, dy, dh, _):
+    return *_scan_backward(dy, dh, *ctx.saved_tensors, ctx.block_len, ctx.n_parallel), None, None, None
+
+
+_scan.register_autograd(_backward, setup_context=_setup)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. The layer (Figure 3)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def causal_conv(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A causal depthwise convolution and SiLU: (b, l, c) to the same shape and type, and the new state.
+
+    conv_state: (b, c, k), the inputs before x, newest last; weight: (c, 1, k); lengths: (b,), how many steps of each
+    row are real (the padding follows them and never enters the new state).
+    """
+    l, k = x.shape[1], weight.shape[-1]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    window = torch.cat([conv_state.mT.to(x.dtype), x], dim=1)  # (b, k + l, c)
+    taps = weight[:, 0].to(dtype).unbind(-1)  # k times (c,)
+    y = window[:, 1 : l + 1] * taps[0]
+    for i in range(1, k):  # shifted multiply-adds on (b, l, c): faster than nn.Conv1d with its transposes
+        y.addcmul_(window[:, i + 1 : i + 1 + l], taps[i])
+    if bias is not None:
+        y.add_(bias)
+    if lengths is None:
+        newest = window[:, l:]
+    else:
+        index = lengths[:, None] + torch.arange(k, device=x.device)
+        newest = window.gather(1, index[..., None].expand(-1, -1, window.shape[-1]))
+    return F.silu(y).to(x.dtype), newest.mT.to(weight.dtype, copy=True).detach()
+
+
+class MambaMixer(nn.Module):
+    """The Mamba layer, (b, l, d_model) to the same shape: convolution and selective scan, gated by a second branch."""
+
+    def __init__(self, config: MambaConfig, layer_idx: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        e, n, r = config.d_inner, config.d_state, config.dt_rank
+        self.in_proj = nn.Linear(config.d_model, 2 * e, bias=config.bias)
+        self.conv1d = nn.Conv1d(e, e, config.d_conv, groups=e, bias=config.conv_bias)
+        self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(r, e)
+        self.A_log = nn.Parameter(torch.empty(e, n))
+        self.D = nn.Parameter(torch.empty(e))
+        self.out_proj = nn.Linear(e, config.d_model, bias=config.bias)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The initialisation of the official code, which the paper's section 3.6 describes.
+
+        The paper draws dt uniformly from [dt_min, dt_max]; the code, followed here, log-uniformly.
+        """
+        config = self.config
+        self.A_log.copy_(torch.arange(1, config.d_state + 1, dtype=torch.float32).log().expand_as(self.A_log))
+        self.D.fill_(1)
+        scale = config.dt_scale * config.dt_rank**-0.5
+        if config.dt_init == "constant":
+            self.dt_proj.weight.fill_(scale)
+        else:
+            self.dt_proj.weight.uniform_(-scale, scale)
+        log_dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(config.dt_min), math.log(config.dt_max))
+        dt = log_dt.exp().clamp(min=config.dt_init_floor)
+        self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.out_proj.weight.div_(math.sqrt(config.n_layer))
+        for linear in (self.in_proj, self.out_proj):
+            if linear.bias is not None:
+                linear.bias.zero_()
+        for parameter in (self.A_log, self.D, self.dt_proj.bias):
+            parameter._no_weight_decay = True
+
+    def forward(self, x: Tensor, inference_params: Any = None, lengths: Tensor | None = None) -> Tensor:
+        """(b, l, d_model) to the same shape.
+
+        inference_params: the states of layer `layer_idx` are taken from it, and replaced by the new ones.
+        lengths: (b,), how many steps of each row are real; padding follows them and leaves the states alone.
+        """
+        states = None if inference_params is None else inference_params.key_value_memory_dict.get(self.layer_idx)
+        if states is None:
+            states = self.new_states(x.shape[0])
+        else:
+            _check_states(states, self.state_shapes(x.shape[0]))
+        conv_state, ssm_state = states
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
+        u, conv_state = causal_conv(u, conv_state, self.conv1d.weight, self.conv1d.bias, lengths)
+        dt, B, C = self._select(u)
+        if lengths is not None:
+            padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]  # (b, l)
+            dt = dt.masked_fill(padding[..., None], 0)  # dt = 0 leaves the state alone
+        A = -torch.exp(self.A_log.to(dt.dtype))
+        y, ssm_state = selective_scan(u, dt, A, B, C, ssm_state)  # (b, l, e)
+        y = y.addcmul_(u, self.D) * F.silu(z)
+        if inference_params is not None:
+            inference_params.key_value_memory_dict[self.layer_idx] = (conv_state, ssm_state.detach())
+        return self.out_proj(y.to(x.dtype))
+
+    def _select(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dt (..., e), B and C (..., n) from u (..., e): what makes the state space model selective (Algorithm 2)."""
+        config = self.config
+        dt, B, C = self.x_proj(u).split([config.dt_rank, config.d_state, config.d_state], dim=-1)
+        dtype = torch.promote_types(self.A_log.dtype, torch.float32)
+        if config.mixer_rms_eps is not None:  # FalconMamba
+            dt, B, C = (F.rms_norm(v.to(dtype), v.shape[-1:], eps=config.mixer_rms_eps).to(v.dtype) for v in (dt, B, C))
+        dt = F.linear(dt, self.dt_proj.weight).to(dtype) + self.dt_proj.bias
+        return F.softplus(dt), B, C
+
+    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """One token, (b, d_model) to the same shape; the states are updated in place."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e) each
+        conv_state.copy_(torch.cat([conv_state[..., 1:], u[..., None]], dim=-1))
+        u = (conv_state * self.conv1d.weight[:, 0].to(ssm_state.dtype)).sum(-1)
+        if self.conv1d.bias is not None:
+            u += self.conv1d.bias
+        u = F.silu(u).to(x.dtype)
+        dt, B, C = self._select(u)  # (b, e), (b, n), (b, n)
+        A = -torch.exp(self.A_log.to(dt.dtype))
+        ssm_state *= torch.exp(dt[..., None] * A)
+        ssm_state += (dt * u)[..., None] * B[:, None]  # (b, e, n)
+        y = (ssm_state @ C[..., None].to(dt.dtype)).squeeze(-1)  # (b, e)
+        y = torch.addcmul(y, u, self.D) * F.silu(z)
+        return self.out_proj(y.to(x.dtype))
+
+    def state_shapes(self, batch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of conv_state and ssm_state."""
+        e = self.config.d_inner
+        return (batch_size, e, self.config.d_conv), (batch_size, e, self.config.d_state)
+
+    def new_states(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """The states at the start of a sequence: zeros, conv_state in the weights' type, ssm_state in float32."""
+        conv_shape, ssm_shape = self.state_shapes(batch_size)
+        weight = self.conv1d.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return weight.new_zeros(conv_shape), weight.new_zeros(ssm_shape, dtype=dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Block, encoder, model, language model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension, in float32 at least; the result has the weight's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        x = F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
+        return x.to(self.weight.dtype)
+
+
+class MambaBlock(nn.Module):
+    """x + mixer(norm(x)), on (b, l, d_model)."""
+
+    def __init__(self, config: MambaConfig, layer_idx: int = 0) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.norm.weight._no_weight_decay = True
+        self.mixer = MambaMixer(config, layer_idx)
+
+    def forward(self, x: Tensor, inference_params: Any = None, lengths: Tensor | None = None) -> Tensor:
+        return x + self.mixer(self.norm(x), inference_params, lengths)
+
+    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """One token, (b, d_model); the states are updated in place."""
+        return x + self.mixer.step(self.norm(x), conv_state, ssm_state)
+
+
+class MambaPreTrained(nn.Module):
+    """What every model here has: a config, checkpoints, and words about its cache."""
+
+    config: MambaConfig
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
+
+        `name` holds config.json and weights in transformers' or state-spaces' format (safetensors or pytorch_model.bin,
+        in one file or sharded). `dtype` None keeps the stored type, `device` None means the CPU. Raises OSError where a
+        file is missing or the hub can't be reached, ValueError for a model that this file does not implement and for
+        tensors that are missing, left over or of another shape.
+        """
+        config = MambaConfig.from_checkpoint(_read_config(name))
+        with torch.device("meta"):
+            model = cls(config)
+        _load_weights(model, name, device or "cpu", dtype)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors (sharded above 5 GB) in transformers' format.
+
+        Each file is written beside its place and renamed, the config last; other files there, a tokenizer say, stay.
+        """
+        _save(self, Path(directory))
+
+    def get_cache_info(self, inference_params: Any) -> dict[str, float]:
+        """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
+        return _cache_info(inference_params)
+
+    def reset_cache(self, inference_params: Any) -> None:
+        """Forget everything: the next call starts a new sequence."""
+        inference_params.key_value_memory_dict.clear()
+        inference_params.seqlen_offset = 0
+
+
+class MambaEncoder(MambaPreTrained):
+    """The blocks and a final norm, (b, l, d_model) to the same shape: for inputs that are vectors already."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(MambaBlock(config, layer_idx) for layer_idx in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.norm_f.weight._no_weight_decay = True
+
+    def _residual(self, x: Tensor) -> Tensor:
+        """The residual stream starts in float32 (residual_in_fp32) or in the weights' type."""
+        dtype = self.norm_f.weight.dtype
+        return x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
+
+    def forward(self, x: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None) -> Tensor:
+        """(b, l, d_model) to the same shape, in the weights' type.
+
+        inference_params: continue from its states and leave the new ones there; an error leaves it as it was.
+        attention_mask: (b, l) of 0 and 1, the tokens of this call; padding on the left or on the right, no holes.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.config.d_model or not x.is_floating_point():
+            allowed = f"floating point of shape (b, l, d_model = {self.config.d_model})"
+            raise ValueError(f"x must be {allowed}, got {x.dtype} of shape {tuple(x.shape)}")
+        x = self._residual(x)
+        lengths = left = None
+        if attention_mask is not None:
+            left, lengths = _padding(attention_mask, x.shape[:2])
+        if left is not None:
+            x = _roll(x, left)  # the real tokens first, so that only padding on the right remains
+        cache = None
+        if inference_params is not None:
+            cache = InferenceParams(dict(inference_params.key_value_memory_dict))
+        for layer in self.layers:
+            if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cache, lengths, use_reentrant=False)
+            else:
+                x = layer(x, cache, lengths)
+        x = self.norm_f(x)
+        if inference_params is not None:
+            _commit(cache.key_value_memory_dict, inference_params, x.shape[1])
+        return x if left is None else _roll(x, -left)
+
+    def step(self, x: Tensor, inference_params: Any) -> Tensor:
+        """One vector of each sequence, (b, d_model) to the same shape, after those that the states have seen."""
+        states = inference_params.key_value_memory_dict
+        if not states:
+            states.update({i: layer.mixer.new_states(x.shape[0]) for i, layer in enumerate(self.layers)})
+        for i, layer in enumerate(self.layers):
+            _check_states(states[i], layer.mixer.state_shapes(x.shape[0]))
+        x = self._residual(x)
+        for i, layer in enumerate(self.layers):
+            x = layer.step(x, *states[i])
+        if isinstance(inference_params, InferenceParams):
+            inference_params.seqlen_offset += 1
+        return self.norm_f(x)
+
+
+def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
+    """How many padding tokens each row begins with, and how many real ones follow, both (b,); None if all are real."""
+    if attention_mask.shape != shape:
+        raise ValueError(f"attention_mask must have shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
+    real = attention_mask.bool()
+    if not torch.equal(real.to(attention_mask.dtype), attention_mask):
+        raise ValueError("attention_mask must hold 0 and 1 only")
+    if real.all():
+        return None, None
+    lengths, left = real.sum(1), real.int().argmax(1)
+    position = torch.arange(shape[1], device=real.device) - left[:, None]
+    if not torch.equal(real, (position >= 0) & (position < lengths[:, None])):
+        raise ValueError("attention_mask must have its zeros on the left or on the right, got a hole between ones")
+    return left, lengths
+
+
+def _roll(x: Tensor, by: Tensor) -> Tensor:
+    """Move each row of (b, l, d) to the left by its own number of positions, around the end."""
+    index = (torch.arange(x.shape[1], device=x.device) + by[:, None]) % x.shape[1]
+    return x.gather(1, index[..., None].expand_as(x))
+
+
+def _commit(new: dict[int, tuple[Tensor, Tensor]], inference_params: Any, n_tokens: int) -> None:
+    """Write the new states over the old ones, in place where a layer had states before."""
+    old = inference_params.key_value_memory_dict
+    for layer_idx, states in new.items():
+        if layer_idx in old:
+            for target, state in zip(old[layer_idx], states, strict=True):
+                target.copy_(state)
+        else:
+            old[layer_idx] = states
+    if isinstance(inference_params, InferenceParams):
+        inference_params.seqlen_offset += n_tokens
+
+
+class MambaModel(MambaEncoder):
+    """The encoder with an embedding: ids (b, l), or embeddings (b, l, d_model), to hidden states (b, l, d_model)."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model)
+        nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
+
+    def forward(
+        self, input_ids: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        x = input_ids if input_ids.is_floating_point() else self.embed(input_ids)
+        return super().forward(x, inference_params, attention_mask=attention_mask)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Ids (b, l) to vectors (b, l, d_model). Raises ValueError for ids of another shape, type or range."""
+        if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.ndim != 2:
+            allowed = f"int64 of shape (b, l), or floating point of shape (b, l, d_model = {self.config.d_model})"
+            raise ValueError(f"input_ids must be {allowed}, got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
+        rows = self.embeddings.num_embeddings
+        if not torch.compiler.is_compiling() and input_ids.numel():
+            low, high = torch.aminmax(input_ids)
+            if low < 0 or high >= rows:
+                raise ValueError(f"input_ids must be in [0, {rows}), got {(low if low < 0 else high).item()}")
+        return self.embeddings(input_ids)
+
+
+class MambaForCausalLM(MambaPreTrained):
+    """The language model: next-token logits for every position."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = MambaModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        inference_params: Any = None,
+        labels: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        num_last_tokens: int = 0,
+    ) -> Tensor | dict[str, Tensor]:
+        """Logits (b, l, padded_vocab_size), float32, from ids (b, l) or embeddings (b, l, d_model).
+
+        inference_params: states to continue from, updated in place (see InferenceParams). Any number of tokens a call.
+        labels: (b, l), the ids themselves (they are shifted here), -100 where none counts. Then the result is a dict
+            of "loss" (mean cross entropy in nats, float32) and "logits".
+        attention_mask: (b, l) of 0 and 1; padding on the left or on the right.
+        num_last_tokens: k > 0 gives the logits of the last k positions alone.
+        """
+        if labels is not None and (labels.shape != input_ids.shape[:2] or num_last_tokens):
+            allowed = f"of shape {tuple(input_ids.shape[:2])}, without num_last_tokens"
+            raise ValueError(f"labels must be {allowed}, got {tuple(labels.shape)} and {num_last_tokens}")
+        if num_last_tokens < 0:
+            raise ValueError(f"num_last_tokens must be 0 (all) or positive, got {num_last_tokens}")
+        hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
+        logits = self._logits(hidden[:, -num_last_tokens:])
+        if labels is None:
+            return logits
+        loss = F.cross_entropy(rearrange(logits[:, :-1], "b l v -> (b l) v"), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.lm_head(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.no_grad()
+    def step(self, token_ids: Tensor, inference_params: Any) -> Tensor:
+        """Logits (b, padded_vocab_size) after one more token (b,): time and memory don't depend on what came before."""
+        if token_ids.ndim != 1:
+            raise ValueError(f"token_ids must have shape (b,), got {tuple(token_ids.shape)}")
+        return self._logits(self.backbone.step(self.backbone.embed(token_ids[:, None])[:, 0], inference_params))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 50,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue prompts (b, l): ids (b, l + new), new <= max_new_tokens.
+
+        temperature 0 takes the likeliest token; else one is drawn from softmax(logits / temperature), of the `top_k`
+        likeliest tokens and then of the fewest likeliest ones that hold `top_p` of the probability. A row that drew an
+        id of eos_token_id is filled up with it; the result is shorter when all rows did. attention_mask (b, l): padded
+        prompts. use_cache=False reads the whole text anew for every token: the same ids, slowly.
+        """
+        settings = (max_new_tokens, temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator)
+        tokens = list(_generate(self, input_ids, *settings))
+        return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 50,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[int | Tensor]:
+        """The new tokens of `generate`, each as soon as it is known: an int for one prompt, ids (b,) for several."""
+        settings = (max_new_tokens, temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator)
+        tokens = _generate(self, input_ids, *settings)
+        return (token.item() for token in tokens) if input_ids.shape[0] == 1 else tokens
+
+
+# The names of the projects whose users this file should feel like home to.
+BaseMambaConfig = MambaLMConfig = MambaClassificationConfig = MambaConfig  # MiniMamba
+S6 = MambaMixer  # MiniMamba
+Mamba = MambaForCausalLM  # MiniMamba
+MambaLMHeadModel = MambaForCausalLM  # state-spaces/mamba
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+def _checkpoint_file(name: str | os.PathLike, filename: str) -> Path | None:
+    """The path of a checkpoint's file, fetched from the hub unless `name` is a directory; None if it has no such file."""
+    if Path(name).is_dir():
+        path = Path(name) / filename
+        return path if path.exists() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(name), filename))
+    except EntryNotFoundError as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            return None
+        reason = "the model hub can't be reached and there is no copy in its cache"
+    except HFValidationError:
+        reason = "no such directory, and no name of the form owner/model"
+    except OSError as error:  # an HTTP error, offline mode
+        reason = str(error).strip().splitlines()[0]
+    raise OSError(f"can't load {str(name)!r}: {reason}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """JSON with infinity as `Infinity` or as transformers 5 writes it, {"__float__": "Infinity"}."""
+    return json.loads(path.read_text(), object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d)
+
+
+def _read_config(name: str | os.PathLike) -> dict[str, Any]:
+    path = _checkpoint_file(name, "config.json")
+    if path is None:
+        raise OSError(f"can't load {str(name)!r}: it has no config.json")
+    return _read_json(path)
+
+
+def _stored_tensors(name: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint one after the other, as views of mapped files: nothing is read before it is used."""
+    for filename in WEIGHT_FILES:
+        if (path := _checkpoint_file(name, filename)) is not None:
+            break
+    else:
+        raise OSError(f"can't load {str(name)!r}: it has none of {', '.join(WEIGHT_FILES)}")
+    files = [filename]
+    if filename.endswith(".index.json"):
+        files = sorted(set(_read_json(path)["weight_map"].values()))
+    for filename in files:
+        if (path := _checkpoint_file(name, filename)) is None:
+            raise OSError(f"can't load {str(name)!r}: its index names {filename}, which is missing")
+        if filename.endswith(".safetensors"):
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    yield key, file.get_tensor(key)
+        else:
+            yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
+
+
+def _load_weights(model: MambaPreTrained, name: str | os.PathLike, device: Any, dtype: torch.dtype | None) -> None:
+    """Give a model on the meta device the weights of a checkpoint, converted one at a time."""
+    wanted = dict(model.named_parameters())
+    prefix = "" if hasattr(model, "backbone") else "backbone."
+    loaded, unexpected, misshapen = set(), [], []
+    for key, tensor in _stored_tensors(name):
+        key = key.replace("backbone.embedding.", "backbone.embeddings.").removeprefix(prefix)
+        if key == "lm_head.weight" and key not in wanted:
+            continue  # tied to the embedding, or a model without a head
+        if key not in wanted:
+            unexpected.append(key)
+        elif tensor.shape != wanted[key].shape:
+            misshapen.append(f"{key} {tuple(tensor.shape)} for {tuple(wanted[key].shape)}")
+        else:
+            _set_parameter(model, key, tensor.to(device, dtype, copy=True))
+            loaded.add(key)
+    problems = {"missing": sorted(wanted.keys() - loaded), "unexpected": unexpected, "of another shape": misshapen}
+    problems["missing"] = [key for key in problems["missing"] if not any(key in text for text in misshapen)]
+    if any(problems.values()):
+        found = "; ".join(f"{what}: {_some(keys)}" for what, keys in problems.items() if keys)
+        raise ValueError(f"the tensors of {str(name)!r} do not fit {type(model).__name__}: {found}")
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _set_parameter(model: nn.Module, key: str, tensor: Tensor) -> None:
+    owner, _, leaf = key.rpartition(".")
+    owner = model.get_submodule(owner)
+    parameter = nn.Parameter(tensor)
+    parameter.__dict__.update(getattr(owner, leaf).__dict__)  # _no_weight_decay
+    setattr(owner, leaf, parameter)
+
+
+def _save(model: MambaPreTrained, directory: Path) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    config = model.config
+    stored = {"architectures": [type(model).__name__], **config.to_checkpoint()}
+    stored["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    tensors = model.state_dict()
+    if config.tie_embeddings:
+        tensors.pop("lm_head.weight", None)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
+        save_torch_state_dict(tensors, beside, metadata={"format": "pt"})
+        written = sorted(path.name for path in Path(beside).iterdir())
+        for filename in written:
+            os.replace(Path(beside) / filename, directory / filename)
+    for path in [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model*.bin*")]:
+        if path.name not in written:
+            path.unlink()  # weights of an earlier save
+    _write_text(directory / "config.json", json.dumps(stored, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Generation
+# ----------------------------------------------------------------------------------------------------------------------
+
+PROMPT_SEGMENT = 4096  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
+
+
+def _generate(
+    model: MambaForCausalLM,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    eos_token_id: int | Sequence[int] | None,
+    attention_mask: Tensor | None,
+    use_cache: bool,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    """Check the settings of `generate`, then return an iterator over its new tokens, (b,) each."""
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids must have shape (b, l) with l > 0, got {tuple(input_ids.shape)}")
+    if type(max_new_tokens) is not int or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be an integer, 0 or greater, got {max_new_tokens!r}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or greater, got {temperature!r}")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise ValueError(f"top_k must be None or a positive integer, got {top_k!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
+    if attention_mask is not None:
+        _, lengths = _padding(attention_mask, input_ids.shape)
+        if lengths is not None and not lengths.all():
+            raise ValueError("attention_mask must leave at least one real token in every row")
+    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    sampling = (temperature, top_k, top_p, generator)
+    return _tokens(model, input_ids, max_new_tokens, sampling, eos, attention_mask, use_cache)
+
+
+@torch.no_grad()
+def _tokens(
+    model: MambaForCausalLM,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    sampling: tuple,
+    eos: list[int],
+    attention_mask: Tensor | None,
+    use_cache: bool,
+) -> Iterator[Tensor]:
+    cache, token = InferenceParams(), None
+    finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        if token is not None and use_cache:
+            logits = model.step(token, cache)
+        else:
+            if token is not None:
+                input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+                if attention_mask is not None:
+                    attention_mask = F.pad(attention_mask, (0, 1), value=1)
+                cache.reset()
+            logits = _read_prompt(model, input_ids, cache, attention_mask)
+        token = sample(logits[:, : model.config.vocab_size], *sampling)
+        if eos:
+            token = token.masked_fill(finished, eos[0])
+            finished |= torch.isin(token, torch.tensor(eos, device=token.device))
+        yield token
+        if eos and finished.all():
+            return
+
+
+def _read_prompt(model: MambaForCausalLM, ids: Tensor, cache: InferenceParams, mask: Tensor | None) -> Tensor:
+    """Logits (b, padded_vocab_size) after each row's last real token; a long prompt is read piece by piece."""
+    b, l = ids.shape
+    size = max(1, PROMPT_SEGMENT // b)
+    for start in range(0, l, size):
+        piece = None if mask is None else mask[:, start : start + size]
+        hidden = model.backbone(ids[:, start : start + size], cache, attention_mask=piece)
+        if piece is None:
+            last = hidden[:, -1]
+            continue
+        position = torch.arange(hidden.shape[1], device=ids.device)
+        newest = hidden[torch.arange(b, device=ids.device), (position * piece.long()).argmax(1)]  # (b, d_model)
+        last = newest if start == 0 else torch.where(piece.any(1)[:, None], newest, last)
+    return model._logits(last)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw a token for each row of logits (b, v): ids (b,). The settings are those of `generate`."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = F.softmax(filter_logits(logits / temperature, top_k, top_p), dim=-1)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+    """Set to -inf all logits (b, v) but the top_k largest, then all but the fewest that hold top_p of the probability.
+
+    The same tokens are kept as by transformers' TopKLogitsWarper and TopPLogitsWarper.
+    """
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p < 1:
+        ascending, index = logits.sort(dim=-1)
+        removed = F.softmax(ascending, dim=-1).cumsum(-1) <= 1 - top_p
+        removed[:, -1] = False
+        logits = logits.masked_fill(removed.scatter(1, index, removed), -math.inf)
+    return logits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _load_tokenizer(name: str | os.PathLike) -> Any:
+    """The checkpoint's tokenizer; state-spaces' checkpoints have none and use GPT-NeoX's."""
+    from tokenizers import Tokenizer
+
+    path = _checkpoint_file(name, "tokenizer.json") or _checkpoint_file("EleutherAI/gpt-neox-20b", "tokenizer.json")
+    return Tokenizer.from_file(str(path))
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
+    parser.add_argument("prompt", nargs="?", help="the text to continue; read from standard input when piped")
+    parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT), help="a directory or a name on the model hub")
+    parser.add_argument("--max-new-tokens", type=int, default=500)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=None)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same text")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    types = ["auto", "float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=types, default="auto", help="auto: float32 on a CPU, else the stored type")
+    arguments = parser.parse_args(argv)
+    if arguments.prompt is None and not sys.stdin.isatty():
+        arguments.prompt = sys.stdin.read()
+    if not arguments.prompt:
+        parser.exit(2, f"{parser.prog}: error: no prompt: give one as an argument or on standard input\n")
+    if arguments.device == "auto":
+        mps = torch.backends.mps.is_available()
+        arguments.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if arguments.dtype == "auto":
+        arguments.dtype = "float32" if arguments.device == "cpu" else None
+    return arguments
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Stream the continuation to standard output and a summary to standard error."""
+    from tokenizers.decoders import DecodeStream
+
+    dtype = arguments.dtype and getattr(torch, arguments.dtype)
+    model = MambaForCausalLM.from_pretrained(arguments.model, device=arguments.device, dtype=dtype)
+    tokenizer = _load_tokenizer(arguments.model)
+    prompt = tokenizer.encode(arguments.prompt).ids
+    generator = torch.Generator(arguments.device)
+    generator.seed() if arguments.seed is None else generator.manual_seed(arguments.seed)
+    tokens = model.stream(
+        torch.tensor([prompt], device=arguments.device),
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        model.config.eos_token_id,
+        generator=generator,
+    )
+    print(arguments.prompt, end="", flush=True)
+    decoder = DecodeStream(skip_special_tokens=True)
+    times = [time.perf_counter()]
+    try:
+        for token in tokens:
+            print(decoder.step(tokenizer, token) or "", end="", flush=True)
+            times.append(time.perf_counter())
+    finally:
+        print(flush=True)
+        _print_summary(model, len(prompt), times)
+
+
+def _print_summary(model: MambaForCausalLM, prompt_length: int, times: list[float]) -> None:
+    weight = model.lm_head.weight
+    count = sum(parameter.numel() for parameter in model.parameters())
+    summary = f"{weight.device.type}, {str(weight.dtype).removeprefix('torch.')}, {count / 1e6:.1f}M parameters"
+    if len(times) > 1:
+        summary += f"; prompt {prompt_length} tokens, {prompt_length / (times[1] - times[0]):.0f} tokens/s"
+    if len(times) > 2:
+        summary += f"; generated {len(times) - 1} tokens, {(len(times) - 2) / (times[-1] - times[1]):.0f} tokens/s"
+    print(summary, file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    arguments = _parse_arguments(argv)
+    try:
+        _run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
