@@ -523,19 +523,85 @@ def causal_conv(
     """
     l, k = x.shape[1], weight.shape[-1]
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    window = torch.cat([conv_state.mT.to(x.dtype), x], dim=1)  # (b, k + l, c)
-    taps = weight[:, 0].to(dtype).unbind(-1)  # k times (c,)
-    y = window[:, 1 : l + 1] * taps[0]
-    for i in range(1, k):  # shifted multiply-adds on (b, l, c): faster than nn.Conv1d with its transposes
-        y.addcmul_(window[:, i + 1 : i + 1 + l], taps[i])
-    if bias is not None:
-        y.add_(bias)
+    taps = weight[:, 0].t().to(dtype)  # (k, c)
+    y = _conv(x, conv_state.mT.to(x.dtype), taps, torch.zeros_like(taps[0]) if bias is None else bias.to(dtype))
     if lengths is None:
-        newest = window[:, l:]
+        newest = torch.cat([conv_state.mT[:, min(l, k) :], x[:, max(l - k, 0) :]], dim=1)  # (b, k, c)
     else:
         index = lengths[:, None] + torch.arange(k, device=x.device)
-        newest = window.gather(1, index[..., None].expand(-1, -1, window.shape[-1]))
-    return F.silu(y).to(x.dtype), newest.mT.to(weight.dtype, copy=True).detach()
+        newest = torch.cat([conv_state.mT, x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return F.silu(y).to(x.dtype), newest.detach().mT.to(weight.dtype, copy=True)
+
+
+def _tiles(b: int, l: int, c: int) -> list[tuple[slice, int, int]]:
+    """Cut (b, l, c) into tiles (rows, start, length) that stay in a CPU's cache through several operations."""
+    length = max(1, min(l, _CONV_ELEMENTS // c))
+    rows = max(1, _CONV_ELEMENTS // (length * c))
+    return [(slice(r, r + rows), s, min(length, l - s)) for r in range(0, b, rows) for s in range(0, l, length)]
+
+
+_CONV_ELEMENTS = 2**18
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::causal_conv", mutates_args=())
+def _conv(x: Tensor, before: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """y[t] = bias + sum over i of taps[k-1-i] * x[t-i], as k shifted multiply-adds: faster than nn.Conv1d on (b, l, c).
+
+    x: (b, l, c); before: (b, k, c), the inputs before x; taps: (k, c); bias: (c,); y: (b, l, c) in the type of taps.
+    """
+    (b, l, c), k = x.shape, taps.shape[0]
+    y = torch.empty(b, l, c, dtype=taps.dtype, device=x.device)
+    for rows, start, length in _tiles(b, l, c):
+        y_tile = y[rows, start : start + length]
+        torch.addcmul(bias, x[rows, start : start + length], taps[-1], out=y_tile)
+        for i in range(1, k):
+            first = min(max(i - start, 0), length)  # the steps before it look at `before`
+            y_tile[:, first:].addcmul_(x[rows, start + first - i : start + length - i], taps[-1 - i])
+    for i in range(1, k):
+        y[:, :i].addcmul_(before[:, k - i : k - i + l], taps[-1 - i])
+    return y
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::causal_conv_backward", mutates_args=())
+def _conv_backward(dy: Tensor, x: Tensor, before: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (b, l, c), k = x.shape, taps.shape[0]
+    dx = torch.empty(b, l, c, dtype=x.dtype, device=x.device)
+    dbefore, dtaps, dbias = torch.zeros_like(before), torch.zeros_like(taps), torch.zeros_like(taps[0])
+    for rows, start, length in _tiles(b, l, c):
+        x_tile, dx_tile, dy_tile = (v[rows, start : start + length] for v in (x, dx, dy))
+        torch.mul(dy_tile, taps[-1], out=dx_tile)
+        dtaps[-1] += (dy_tile * x_tile).sum((0, 1))
+        dbias += dy_tile.sum((0, 1))
+        for i in range(1, k):
+            later = dy[rows, start + i : start + i + length]
+            dx_tile[:, : later.shape[1]].addcmul_(later, taps[-1 - i])
+            dtaps[-1 - i] += (later * x_tile[:, : later.shape[1]]).sum((0, 1))
+    for i in range(1, k):
+        window = slice(k - i, k - i + l)
+        dbefore[:, window].addcmul_(dy[:, :i], taps[-1 - i])
+        dtaps[-1 - i] += (dy[:, :i] * before[:, window]).sum((0, 1))
+    return dx, dbefore, dtaps, dbias
+
+
+@_conv.register_fake
+def _(x, before, taps, bias):
+    return torch.empty(x.shape, dtype=taps.dtype, device=x.device)
+
+
+@_conv_backward.register_fake
+def _(dy, x, before, taps):
+    return (torch.empty(x.shape, dtype=x.dtype, device=x.device), *(torch.empty_like(v) for v in (before, taps, taps[0])))
+
+
+def _conv_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _conv_gradients(ctx, dy):
+    return _conv_backward(dy, *ctx.saved_tensors)
+
+
+_conv.register_autograd(_conv_gradients, setup_context=_conv_setup)
 
 
 class MambaMixer(nn.Module):
