@@ -590,7 +590,10 @@ def _(x, before, taps, bias):
 
 @_conv_backward.register_fake
 def _(dy, x, before, taps):
-    return (torch.empty(x.shape, dtype=x.dtype, device=x.device), *(torch.empty_like(v) for v in (before, taps, taps[0])))
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        *(torch.empty_like(v) for v in (before, taps, taps[0])),
+    )
 
 
 def _conv_setup(ctx, inputs, output):
@@ -602,6 +605,14 @@ def _conv_gradients(ctx, dy):
 
 
 _conv.register_autograd(_conv_gradients, setup_context=_conv_setup)
+
+
+def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`causal_conv` for one step, (b, c) to the same shape and type; conv_state is updated in place."""
+    conv_state.copy_(torch.cat([conv_state[..., 1:], x[..., None]], dim=-1))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    y = (conv_state * weight[:, 0].to(dtype)).sum(-1)
+    return F.silu(y if bias is None else y + bias).to(x.dtype)
 
 
 class MambaMixer(nn.Module):
@@ -683,11 +694,7 @@ class MambaMixer(nn.Module):
     def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """One token, (b, d_model) to the same shape; the states are updated in place."""
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e) each
-        conv_state.copy_(torch.cat([conv_state[..., 1:], u[..., None]], dim=-1))
-        u = (conv_state * self.conv1d.weight[:, 0].to(ssm_state.dtype)).sum(-1)
-        if self.conv1d.bias is not None:
-            u += self.conv1d.bias
-        u = F.silu(u).to(x.dtype)
+        u = conv_step(u, conv_state, self.conv1d.weight, self.conv1d.bias)
         dt, B, C = self._select(u)  # (b, e), (b, n), (b, n)
         A = -torch.exp(self.A_log.to(dt.dtype))
         ssm_state *= torch.exp(dt[..., None] * A)

@@ -1,0 +1,1376 @@
+"""Mamba-2 in one file: structured state space duality (SSD), its language model, and constant-time generation.
+
+Tri Dao and Albert Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
+Duality" (2024), arXiv:2405.21060; "the paper" below. Mamba-2 lets one number per head and step decay the whole state, where
+Mamba has one per channel and state entry. The sequence map then is a masked attention as well, and splits into matrix
+products: within chunks of the sequence the attention form, across chunks the recurrence. Heads are wide and states are
+large; generation still keeps only the state and the last few inputs, however long the text has become.
+
+Copy this file into your project; it needs torch and einops (and transformers to load or save checkpoints):
+
+    model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")     # or a directory
+    ids = model.generate(input_ids, max_new_tokens=50)                        # (b, l) -> (b, l + 50)
+
+    $ python mamba2.py "ROMEO:" --max-new-tokens 200
+
+Glossary
+    code        paper   shape               meaning
+    b, l        -, T                     batch size, sequence length
+    d_model                           width of the residual stream
+    e                                 d_inner, the number of channels inside a layer; h * p
+    h, p        H, P                        nheads, the number of heads, and headdim, the width of one
+    n           N                           d_state, the size of the state of each channel
+    g           G                           ngroups: the heads of a group share B and C
+    c, q        -, Q                        number of chunks, and the steps in one
+    u (x)       X       (b, l, h, p)        input of the state space model
+    y           Y       (b, l, h, p)        its output
+    state       H       (b, h, p, n)        its state (`ssm_state` in the cache)
+    dt          Delta   (b, l, h)           step size; large: take the input in, small: keep the state
+    A           A       (h,)                decay rate, negative; the parameter is A_log = log(-A)
+    a           log a   (b, c, h, q)        dt * A, the logarithm of a step's decay
+    L           L       (b, c, h, q, q)     mask of the attention form: the decay from step j to step i
+    B, C        B, C    (b, l, g, n)        input and output projections of the state; keys and queries of the attention
+    D           D       (h,)                skip connection
+    z                (b, l, e)           gate
+    conv_state       (b, e + 2 g n, d_conv)   the last inputs of the convolution, newest last
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Config
+# ----------------------------------------------------------------------------------------------------------------------
+
+DEFAULT_CHECKPOINT = Path(__file__).parent / "pretrained" / "shakespeare-mamba2"  # of the command line
+
+
+@dataclass
+class Mamba2Config:
+    """Sizes and settings of a model. Raises ValueError for values that make no sense, naming the field."""
+
+    d_model: int = 768
+    n_layer: int = 24
+    vocab_size: int = 50277
+    pad_vocab_size_multiple: int = 16  # embedding and head have `padded_vocab_size` rows
+    d_state: int = 128
+    d_conv: int = 4
+    expand: int = 2
+    headdim: int = 64
+    ngroups: int = 1  # heads of a group share B and C
+    chunk_size: int = 64  # how SSD cuts its work; changes no result, so checkpoints' values for GPU kernels aren't read
+    dt_min: float = 0.001  # dt starts log-uniform in [dt_min, dt_max], but at least dt_init_floor
+    dt_max: float = 0.1
+    dt_init_floor: float = 1e-4
+    dt_limit: tuple[float, float] = (0.0, math.inf)  # dt is clamped to it
+    A_init_range: tuple[float, float] = (1, 16)  # -A starts uniform in it
+    bias: bool = False  # of in_proj and out_proj
+    conv_bias: bool = True
+    norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_embeddings: bool = True
+    initializer_range: float = 0.02  # standard deviation of the embedding at the start
+    eos_token_id: int | Sequence[int] | None = None  # for the command line, and kept in checkpoints
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass
+    num_labels: int = 2  # the classifier's fields: these three
+    pooling_strategy: str = "last"
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        sizes = ["d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "d_state", "d_conv", "expand"]
+        sizes += ["headdim", "ngroups", "chunk_size", "num_labels"]
+        self._check("a positive integer", lambda v: type(v) is int and v > 0, *sizes)
+        self._check("a positive number", lambda v: _is_number(v) and v > 0, "dt_min", "dt_max", "dt_init_floor")
+        self._check("a positive number", lambda v: _is_number(v) and v > 0, "norm_epsilon")
+        self._check("a number, 0 or greater", lambda v: _is_number(v) and v >= 0, "initializer_range")
+        self._check("in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1, "dropout")
+        switches = ["bias", "conv_bias", "residual_in_fp32", "tie_embeddings", "gradient_checkpointing"]
+        self._check("True or False", lambda v: type(v) is bool, *switches)
+        self._check("'last', 'mean' or 'max'", lambda v: v in ("last", "mean", "max"), "pooling_strategy")
+        self._check(f"at least dt_min ({self.dt_min})", lambda v: v >= self.dt_min, "dt_max")
+        self._check("two numbers, 0 <= low <= high", _is_range, "dt_limit")
+        self._check("two numbers, 0 < low <= high", lambda v: _is_range(v) and v[0] > 0, "A_init_range")
+        self.dt_limit, self.A_init_range = tuple(self.dt_limit), tuple(self.A_init_range)
+        self._check(f"a divisor of expand * d_model ({self.d_inner})", lambda v: self.d_inner % v == 0, "headdim")
+        self._check(f"a divisor of the number of heads ({self.nheads})", lambda v: self.nheads % v == 0, "ngroups")
+
+    def _check(self, allowed: str, test, *names: str) -> None:
+        for name in names:
+            if not test(getattr(self, name)):
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return math.ceil(self.vocab_size / self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def nheads(self) -> int:
+        return self.d_inner // self.headdim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.d_inner + 2 * self.ngroups * self.d_state
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        known = [f.name for f in fields(cls)]
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(f"unknown config field {name!r} = {value!r}; allowed are {', '.join(known)}")
+        return cls(**values)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def save_to_json(self, path: str | os.PathLike) -> None:
+        _write_text(Path(path), self.to_json_string() + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> Self:
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+    @classmethod
+    def from_checkpoint(cls, stored: Mapping[str, Any]) -> Self:
+        """The settings in a checkpoint's config.json, in transformers' or in state-spaces' format.
+
+        Raises ValueError for a model that this file does not implement, saying what it is.
+        """
+        if "model_type" not in stored:
+            return cls.from_dict(_from_state_spaces(stored, "Mamba2"))
+        model_type = stored["model_type"]
+        if model_type in ("mamba", "falcon_mamba"):
+            raise ValueError(
+                f"config.json describes a Mamba-1 model (model_type {model_type!r}): load it with mamba.py"
+            )
+        if model_type != "mamba2":
+            raise ValueError(f"model_type must be 'mamba2', got {model_type!r}")
+        config = cls.from_dict(_from_transformers(stored))
+        if (num_heads := stored.get("num_heads", 128)) != config.nheads:
+            sizes = f"expand * hidden_size / head_dim ({config.nheads})"
+            raise ValueError(f"num_heads of a checkpoint must be {sizes}, got {num_heads}")
+        return config
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """The fields of config.json in transformers' format."""
+        own = {"model_type": "mamba2", "num_heads": self.nheads, "chunk_size": self.chunk_size}
+        return own | _to_transformers(self)
+
+
+# Our field: transformers' name for it, and the values that absent ones have there.
+TRANSFORMERS_FIELDS = {
+    "d_model": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
+    "headdim": "head_dim",
+    "ngroups": "n_groups",
+    "dt_min": "time_step_min",
+    "dt_max": "time_step_max",
+    "dt_init_floor": "time_step_floor",
+    "dt_limit": "time_step_limit",
+    "bias": "use_bias",
+    "conv_bias": "use_conv_bias",
+    "norm_epsilon": "layer_norm_epsilon",
+    "residual_in_fp32": "residual_in_fp32",
+    "tie_embeddings": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+    "eos_token_id": "eos_token_id",
+}
+TRANSFORMERS_DEFAULTS = {"d_model": 4096, "n_layer": 64, "vocab_size": 32768, "ngroups": 8, "tie_embeddings": False}
+TRANSFORMERS_DEFAULTS |= {"initializer_range": 0.1, "eos_token_id": 2}
+STATE_SPACES_FIELDS = [
+    "d_model",
+    "n_layer",
+    "vocab_size",
+    "pad_vocab_size_multiple",
+    "residual_in_fp32",
+    "tie_embeddings",
+]
+# The layer's arguments in ssm_cfg: fields of ours, those that must have one value, those that only choose a kernel.
+SSM_CFG_FIELDS = ["d_state", "d_conv", "expand", "headdim", "ngroups", "A_init_range", "dt_min", "dt_max"]
+SSM_CFG_FIELDS += ["dt_init_floor", "dt_limit", "bias", "conv_bias"]
+SSM_CFG_FIXED = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
+SSM_CFG_IGNORED = ["chunk_size", "conv_init", "use_mem_eff_path"]
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it, so that it is there whole or not at all."""
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _is_range(value: Any) -> bool:
+    return len(value) == 2 and all(map(_is_number, value)) and 0 <= value[0] <= value[1]
+
+
+def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ours from a config.json of transformers; what we don't use is ignored."""
+    for name, allowed in (("hidden_act", "silu"), ("quantization_config", None)):
+        if stored.get(name, allowed) != allowed:
+            raise ValueError(f"{name} of a checkpoint must be {allowed!r} here, got {stored[name]!r}")
+    values = {ours: stored[name] for ours, name in TRANSFORMERS_FIELDS.items() if name in stored}
+    values = TRANSFORMERS_DEFAULTS | values
+    padded = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])
+    values["vocab_size"] = vocab_size = stored.get("unpadded_vocab_size", padded)
+    multiple = stored.get("pad_vocab_size_multiple", padded)
+    exact = math.ceil(vocab_size / multiple) * multiple == padded
+    values["pad_vocab_size_multiple"] = multiple if exact else padded
+    return values
+
+
+def _to_transformers(config: Mamba2Config) -> dict[str, Any]:
+    """The fields of a config.json of transformers; it reads vocab_size as the number of rows, padding included."""
+    stored = {name: getattr(config, ours) for ours, name in TRANSFORMERS_FIELDS.items()}
+    stored |= {"vocab_size": config.padded_vocab_size, "unpadded_vocab_size": config.vocab_size}
+    stored |= {"pad_vocab_size_multiple": config.pad_vocab_size_multiple, "bos_token_id": None, "pad_token_id": None}
+    return stored | {"hidden_act": "silu", "use_cache": True}
+
+
+def _from_state_spaces(stored: Mapping[str, Any], layer: str) -> dict[str, Any]:
+    """Fields of ours from a config.json of state-spaces/mamba whose ssm_cfg must name this layer."""
+    if "d_model" not in stored:
+        raise ValueError("config.json has neither model_type (transformers) nor d_model (state-spaces)")
+    for name, what in (("attn_layer_idx", "attention"), ("d_intermediate", "MLP")):
+        if stored.get(name):
+            raise ValueError(f"{name} must be empty, got {stored[name]!r} (a hybrid with {what} layers): use mamba_ssm")
+    if not stored.get("rms_norm", True):
+        raise ValueError("rms_norm must be true, got false (a model with LayerNorm): use mamba_ssm")
+    ssm_cfg = dict(stored.get("ssm_cfg") or {})
+    if (found := ssm_cfg.pop("layer", "Mamba1")) != layer:
+        where = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py"}.get(found, "mamba_ssm")
+        raise ValueError(f"ssm_cfg['layer'] must be {layer!r} in this file, got {found!r}: use {where}")
+    values = {name: stored[name] for name in STATE_SPACES_FIELDS if name in stored}
+    for name, value in ssm_cfg.items():
+        if name in SSM_CFG_FIELDS:
+            values[name] = value
+        elif name not in SSM_CFG_IGNORED and SSM_CFG_FIXED.get(name, ...) != value:
+            known = ", ".join([*SSM_CFG_FIELDS, *SSM_CFG_FIXED, *SSM_CFG_IGNORED])
+            raise ValueError(f"ssm_cfg[{name!r}] = {value!r} is not implemented here (known: {known}): use mamba_ssm")
+    return values
+
+
+@dataclass
+class InferenceParams:
+    """The state of every layer after the tokens read so far: all that generation has to remember.
+
+    `key_value_memory_dict[layer] = (conv_state, ssm_state)`; an empty dict is the start of a sequence. Models take any
+    object with that dict. `seqlen_offset` counts the tokens read, for information.
+    """
+
+    key_value_memory_dict: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    seqlen_offset: int = 0
+
+    def reset(self) -> None:
+        """Forget everything: the next call starts a new sequence."""
+        self.key_value_memory_dict.clear()
+        self.seqlen_offset = 0
+
+    def clone(self) -> "InferenceParams":
+        """A copy with its own states: continue one prefix in several ways."""
+        states = {i: (conv.clone(), ssm.clone()) for i, (conv, ssm) in self.key_value_memory_dict.items()}
+        return InferenceParams(states, self.seqlen_offset)
+
+    def get_cache_info(self) -> dict[str, float]:
+        """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
+        return _cache_info(self)
+
+
+def _cache_info(inference_params: Any) -> dict[str, float]:
+    tensors = [state for states in inference_params.key_value_memory_dict.values() for state in states]
+    return {
+        "memory_mb": sum(state.numel() * state.element_size() for state in tensors) / 1e6,
+        "cached_layers": len(inference_params.key_value_memory_dict),
+        "total_tensors": len(tensors),
+        "seqlen_offset": getattr(inference_params, "seqlen_offset", 0),
+    }
+
+
+def _check_states(states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Raise ValueError unless a layer's cached states have the shapes that this input and this layer need."""
+    found = tuple(tuple(state.shape) for state in states)
+    if found != shapes:
+        of_batch = f" (batch size {found[0][0]} against the input's {shapes[0][0]})"
+        raise ValueError(f"inference_params must hold states of shapes {shapes}, got {found}{of_batch}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Structured state space duality (SSD)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ssd_recurrence(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The definition: the linear, recurrent form, one step after the other.
+
+    Arguments and results are those of `ssd`, which computes the same numbers fast.
+    """
+    (b, _, h, p), (g, n) = x.shape, B.shape[2:]
+    state = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
+    ys = []
+    for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+        B_t, C_t = (v.repeat_interleave(h // g, dim=1) for v in (B_t, C_t))  # (b, h, n): heads of a group share them
+        decay = torch.exp(dt_t * A)[..., None, None]  # (b, h, 1, 1)
+        state = decay * state + (dt_t[..., None] * x_t)[..., None] * B_t[:, :, None]  # (b, h, p, n)
+        ys.append((state @ C_t[..., None]).squeeze(-1))  # (b, h, p)
+    return torch.stack(ys, 1) if ys else torch.zeros_like(x), state
+
+
+def ssd_quadratic(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The dual, quadratic form: attention whose mask L holds the decays instead of ones, y = (L * C B^T) (dt x).
+
+    Arguments and results are those of `ssd`, which computes the same numbers in linear time.
+    """
+    h, g = x.shape[2], B.shape[2]
+    B, C = (rearrange(v.repeat_interleave(h // g, dim=2), "b l h n -> b h l n") for v in (B, C))
+    a = rearrange(dt * A, "b l h -> b h l")
+    L = decay_matrix(a)  # (b, h, l, l)
+    dtx = rearrange(dt[..., None] * x, "b l h p -> b h l p")
+    y = (L * (C @ B.mT)) @ dtx
+    state = (dtx * L[..., -1, :, None]).mT @ B  # (b, h, p, n)
+    if initial_state is not None:
+        from_start = a.cumsum(-1).exp()[..., None]  # (b, h, l, 1)
+        y = y + from_start * (C @ initial_state.mT)
+        state = state + from_start[..., -1:, :] * initial_state
+    return rearrange(y, "b h l p -> b l h p"), state
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The chunked form (the block decomposition of section 6, Listing 1): matrix products alone, linear in l.
+
+    Within a chunk of q steps the quadratic form, across chunks the recurrence. Per head
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t
+
+    x: (b, l, h, p); dt: (b, l, h), not negative, its type is that of the computation; A: (h,), negative; B, C:
+    (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n), zero when None. chunk_size changes the work,
+    not the result. Returns y (b, l, h, p) and the final state (b, h, p, n). Differentiable once, in every argument.
+    """
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    dtype = dt.dtype
+    if initial_state is None:
+        initial_state = dt.new_zeros(b, h, p, n)
+    if l == 0:
+        return x.to(dtype), initial_state.to(dtype)
+    x, B, C = (v.to(dtype) for v in (x, B, C))
+    q = min(chunk_size, l)
+    if l % q:  # dt = 0 leaves the state alone
+        x, B, C = (F.pad(v, (0, 0, 0, 0, 0, -l % q)) for v in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, -l % q))
+    x = rearrange(x, "b (c q) (g h) p -> b c q g h p", q=q, g=g)
+    dt = rearrange(dt, "b (c q) h -> b c h q", q=q)
+    B, C = (rearrange(v, "b (c q) g n -> b c g q n", q=q) for v in (B, C))
+    a = dt * A.to(dtype)[:, None]  # (b, c, h, q)
+    L = decay_matrix(a)  # (b, c, h, q, q)
+
+    # 1. The output of each chunk from its own inputs: attention with the mask L (diagonal blocks).
+    scores = rearrange(C @ B.mT, "b c g i j -> b c g 1 i j") * rearrange(L, "b c (g h) i j -> b c g h i j", g=g)
+    scores = scores * rearrange(dt, "b c (g h) j -> b c g h 1 j", g=g)
+    y = scores @ rearrange(x, "b c q g h p -> b c g h q p")
+
+    # 2. The state that each chunk's own inputs leave at its end.
+    to_end = rearrange(L[..., -1, :] * dt, "b c (g h) q -> b c q g h 1", g=g)
+    states = B.mT @ rearrange(x * to_end, "b c q g h p -> b c g q (h p)")  # (b, c, g, n, (h p))
+
+    # 3. The state at the start of each chunk: a recurrence across chunks.
+    decay = rearrange(a.sum(-1).exp(), "b c (g h) -> b c g 1 h 1", g=g).expand(-1, -1, -1, -1, -1, p).flatten(-2)
+    initial = rearrange(initial_state.to(dtype), "b (g h) p n -> b g n (h p)", g=g)
+    entering, final = _pass_states(states, decay, initial)
+
+    # 4. The output from the state at the start of the chunk (off-diagonal blocks).
+    from_start = rearrange(a.cumsum(-1).exp(), "b c (g h) q -> b c q g h 1", g=g)
+    carried = rearrange(C @ entering, "b c g q (h p) -> b c q g h p", p=p)
+    y = torch.addcmul(rearrange(y, "b c g h q p -> b c q g h p"), carried, from_start)
+
+    y = rearrange(y, "b c q g h p -> b (c q) (g h) p")[:, :l]
+    return y, rearrange(final, "b g n (h p) -> b (g h) p n", p=p).contiguous()
+
+
+def decay_matrix(a: Tensor) -> Tensor:
+    """The 1-semiseparable mask L (section 3): L[i, j] = exp(a[j+1] + ... + a[i]) for j <= i, else 0.
+
+    a: (..., q), not positive; L: (..., q, q). Each row is the one above times exp(a[i]): products of factors in [0, 1],
+    where a difference of cumulative sums would cancel.
+    """
+    return _decay_matrix(a)
+
+
+_NAMESPACE = __name__.replace(".", "_")
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::decay_matrix", mutates_args=())
+def _decay_matrix(a: Tensor) -> Tensor:
+    q = a.shape[-1]
+    L = a.new_zeros(*a.shape, q)
+    rows, factors = L.unbind(-2), a.exp()[..., None].unbind(-2)
+    L.diagonal(dim1=-2, dim2=-1).fill_(1)
+    for i in range(1, q):
+        torch.mul(rows[i - 1][..., :i], factors[i], out=rows[i][..., :i])
+    return L
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::decay_matrix_backward", mutates_args=())
+def _decay_matrix_backward(dL: Tensor, L: Tensor) -> Tensor:
+    """da[k] is the sum of dL * L over all (i, j) with j < k <= i."""
+    q = L.shape[-1]
+    da = torch.zeros_like(L[..., 0])
+    below = torch.zeros_like(da)  # column sums of the rows from k on
+    for k in range(q - 1, 0, -1):
+        below.addcmul_(dL[..., k, :], L[..., k, :])
+        torch.sum(below[..., :k], dim=-1, out=da[..., k])
+    return da
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::pass_states", mutates_args=())
+def _pass_states(states: Tensor, decay: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
+    """The state entering each chunk, and the last one's: s[c+1] = decay[c] * s[c] + states[c], linear in c.
+
+    states: (b, c, g, n, e); decay: (b, c, g, 1, e); initial and final: (b, g, n, e).
+    """
+    entering = torch.empty_like(states)
+    state = initial.contiguous()
+    for enter, own, factor in zip(entering.unbind(1), states.unbind(1), decay.unbind(1), strict=True):
+        enter.copy_(state)
+        state = torch.addcmul(own, factor, enter)
+    return entering, state.clone()
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::pass_states_backward", mutates_args=())
+def _pass_states_backward(
+    dentering: Tensor, dfinal: Tensor, decay: Tensor, entering: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dstates, ddecay = torch.empty_like(entering), torch.empty_like(decay)
+    dstate = dfinal
+    for c in range(entering.shape[1] - 1, -1, -1):
+        dstates[:, c] = dstate
+        torch.sum(dstate * entering[:, c], dim=-2, keepdim=True, out=ddecay[:, c])
+        dstate = torch.addcmul(dentering[:, c], decay[:, c], dstate)
+    return dstates, ddecay, dstate.clone()
+
+
+@_decay_matrix.register_fake
+def _(a):
+    return a.new_empty(*a.shape, a.shape[-1])
+
+
+@_decay_matrix_backward.register_fake
+def _(dL, L):
+    return torch.empty_like(L[..., 0])
+
+
+@_pass_states.register_fake
+def _(states, decay, initial):
+    return torch.empty_like(states), torch.empty_like(initial)
+
+
+@_pass_states_backward.register_fake
+def _(dentering, dfinal, decay, entering):
+    return torch.empty_like(entering), torch.empty_like(decay), torch.empty_like(dfinal)
+
+
+_decay_matrix.register_autograd(
+    lambda ctx, dL: _decay_matrix_backward(dL, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
+)
+_pass_states.register_autograd(
+    lambda ctx, dentering, dfinal: _pass_states_backward(dentering, dfinal, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1], output[0]),
+)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. The layer (section 7)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def causal_conv(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A causal depthwise convolution and SiLU: (b, l, c) to the same shape and type, and the new state.
+
+    conv_state: (b, c, k), the inputs before x, newest last; weight: (c, 1, k); lengths: (b,), how many steps of each
+    row are real (the padding follows them and never enters the new state).
+    """
+    l, k = x.shape[1], weight.shape[-1]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    taps = weight[:, 0].t().to(dtype)  # (k, c)
+    y = _conv(x, conv_state.mT.to(x.dtype), taps, torch.zeros_like(taps[0]) if bias is None else bias.to(dtype))
+    if lengths is None:
+        newest = torch.cat([conv_state.mT[:, min(l, k) :], x[:, max(l - k, 0) :]], dim=1)  # (b, k, c)
+    else:
+        index = lengths[:, None] + torch.arange(k, device=x.device)
+        newest = torch.cat([conv_state.mT, x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return F.silu(y).to(x.dtype), newest.detach().mT.to(weight.dtype, copy=True)
+
+
+def _tiles(b: int, l: int, c: int) -> list[tuple[slice, int, int]]:
+    """Cut (b, l, c) into tiles (rows, start, length) that stay in a CPU's cache through several operations."""
+    length = max(1, min(l, _CONV_ELEMENTS // c))
+    rows = max(1, _CONV_ELEMENTS // (length * c))
+    return [(slice(r, r + rows), s, min(length, l - s)) for r in range(0, b, rows) for s in range(0, l, length)]
+
+
+_CONV_ELEMENTS = 2**18
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::causal_conv", mutates_args=())
+def _conv(x: Tensor, before: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """y[t] = bias + sum over i of taps[k-1-i] * x[t-i], as k shifted multiply-adds: faster than nn.Conv1d on (b, l, c).
+
+    x: (b, l, c); before: (b, k, c), the inputs before x; taps: (k, c); bias: (c,); y: (b, l, c) in the type of taps.
+    """
+    (b, l, c), k = x.shape, taps.shape[0]
+    y = torch.empty(b, l, c, dtype=taps.dtype, device=x.device)
+    for rows, start, length in _tiles(b, l, c):
+        y_tile = y[rows, start : start + length]
+        torch.addcmul(bias, x[rows, start : start + length], taps[-1], out=y_tile)
+        for i in range(1, k):
+            first = min(max(i - start, 0), length)  # the steps before it look at `before`
+            y_tile[:, first:].addcmul_(x[rows, start + first - i : start + length - i], taps[-1 - i])
+    for i in range(1, k):
+        y[:, :i].addcmul_(before[:, k - i : k - i + l], taps[-1 - i])
+    return y
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::causal_conv_backward", mutates_args=())
+def _conv_backward(dy: Tensor, x: Tensor, before: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (b, l, c), k = x.shape, taps.shape[0]
+    dx = torch.empty(b, l, c, dtype=x.dtype, device=x.device)
+    dbefore, dtaps, dbias = torch.zeros_like(before), torch.zeros_like(taps), torch.zeros_like(taps[0])
+    for rows, start, length in _tiles(b, l, c):
+        x_tile, dx_tile, dy_tile = (v[rows, start : start + length] for v in (x, dx, dy))
+        torch.mul(dy_tile, taps[-1], out=dx_tile)
+        dtaps[-1] += (dy_tile * x_tile).sum((0, 1))
+        dbias += dy_tile.sum((0, 1))
+        for i in range(1, k):
+            later = dy[rows, start + i : start + i + length]
+            dx_tile[:, : later.shape[1]].addcmul_(later, taps[-1 - i])
+            dtaps[-1 - i] += (later * x_tile[:, : later.shape[1]]).sum((0, 1))
+    for i in range(1, k):
+        window = slice(k - i, k - i + l)
+        dbefore[:, window].addcmul_(dy[:, :i], taps[-1 - i])
+        dtaps[-1 - i] += (dy[:, :i] * before[:, window]).sum((0, 1))
+    return dx, dbefore, dtaps, dbias
+
+
+@_conv.register_fake
+def _(x, before, taps, bias):
+    return torch.empty(x.shape, dtype=taps.dtype, device=x.device)
+
+
+@_conv_backward.register_fake
+def _(dy, x, before, taps):
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        *(torch.empty_like(v) for v in (before, taps, taps[0])),
+    )
+
+
+def _conv_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _conv_gradients(ctx, dy):
+    return _conv_backward(dy, *ctx.saved_tensors)
+
+
+_conv.register_autograd(_conv_gradients, setup_context=_conv_setup)
+
+
+def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`causal_conv` for one step, (b, c) to the same shape and type; conv_state is updated in place."""
+    conv_state.copy_(torch.cat([conv_state[..., 1:], x[..., None]], dim=-1))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    y = (conv_state * weight[:, 0].to(dtype)).sum(-1)
+    return F.silu(y if bias is None else y + bias).to(x.dtype)
+
+
+class Mamba2Mixer(nn.Module):
+    """The Mamba-2 layer, (b, l, d_model) to the same shape: one projection, convolution, SSD, gated norm (section 7)."""
+
+    def __init__(self, config: Mamba2Config, layer_idx: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        e, h = config.d_inner, config.nheads
+        self.sizes = [e, config.conv_dim, h]  # of z, xBC and dt in in_proj
+        self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=config.bias)
+        self.conv1d = nn.Conv1d(
+            config.conv_dim, config.conv_dim, config.d_conv, groups=config.conv_dim, bias=config.conv_bias
+        )
+        self.dt_bias = nn.Parameter(torch.empty(h))
+        self.A_log = nn.Parameter(torch.empty(h))
+        self.D = nn.Parameter(torch.empty(h))
+        self.norm = GatedRMSNorm(e, config.ngroups, config.norm_epsilon)
+        self.out_proj = nn.Linear(e, config.d_model, bias=config.bias)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The initialisation of the official code: dt log-uniform in [dt_min, dt_max], A uniform in A_init_range."""
+        config = self.config
+        self.A_log.uniform_(*config.A_init_range).log_()
+        self.D.fill_(1)
+        log_dt = torch.empty_like(self.dt_bias).uniform_(math.log(config.dt_min), math.log(config.dt_max))
+        dt = log_dt.exp().clamp(min=config.dt_init_floor)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.out_proj.weight.div_(math.sqrt(config.n_layer))
+        for linear in (self.in_proj, self.out_proj):
+            if linear.bias is not None:
+                linear.bias.zero_()
+        for parameter in (self.A_log, self.D, self.dt_bias, self.norm.weight):
+            parameter._no_weight_decay = True
+
+    def forward(self, x: Tensor, inference_params: Any = None, lengths: Tensor | None = None) -> Tensor:
+        """(b, l, d_model) to the same shape.
+
+        inference_params: the states of layer `layer_idx` are taken from it, and replaced by the new ones.
+        lengths: (b,), how many steps of each row are real; padding follows them and leaves the states alone.
+        """
+        states = None if inference_params is None else inference_params.key_value_memory_dict.get(self.layer_idx)
+        if states is None:
+            states = self.new_states(x.shape[0])
+        else:
+            _check_states(states, self.state_shapes(x.shape[0]))
+        conv_state, ssm_state = states
+        z, xBC, dt = self.in_proj(x).split(self.sizes, dim=-1)
+        xBC, conv_state = causal_conv(xBC, conv_state, self.conv1d.weight, self.conv1d.bias, lengths)
+        u, B, C = self._heads(xBC)
+        dt = self._step_sizes(dt)  # (b, l, h)
+        if lengths is not None:
+            padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]  # (b, l)
+            dt = dt.masked_fill(padding[..., None], 0)  # dt = 0 leaves the state alone
+        A = -torch.exp(self.A_log.to(dt.dtype))
+        y, ssm_state = ssd(u, dt, A, B, C, ssm_state, self.config.chunk_size)
+        y = torch.addcmul(y, u, self.D[:, None])  # (b, l, h, p)
+        if inference_params is not None:
+            inference_params.key_value_memory_dict[self.layer_idx] = (conv_state, ssm_state.detach())
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The convolution's output (..., conv_dim) to u (..., h, p), B and C (..., g, n)."""
+        config = self.config
+        u, B, C = xBC.split([config.d_inner, *[config.ngroups * config.d_state] * 2], dim=-1)
+        B, C = (v.unflatten(-1, (config.ngroups, config.d_state)) for v in (B, C))
+        return u.unflatten(-1, (config.nheads, config.headdim)), B, C
+
+    def _step_sizes(self, dt: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.A_log.dtype, torch.float32)
+        return F.softplus(dt.to(dtype) + self.dt_bias).clamp(*self.config.dt_limit)
+
+    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """One token, (b, d_model) to the same shape; the states are updated in place."""
+        z, xBC, dt = self.in_proj(x).split(self.sizes, dim=-1)
+        xBC = conv_step(xBC, conv_state, self.conv1d.weight, self.conv1d.bias)
+        u, B, C = self._heads(xBC)  # (b, h, p), (b, g, n), (b, g, n)
+        dt = self._step_sizes(dt)  # (b, h)
+        A = -torch.exp(self.A_log.to(dt.dtype))
+        ssm_state *= torch.exp(dt * A)[..., None, None]
+        groups = ssm_state.unflatten(1, (self.config.ngroups, -1))  # (b, g, h / g, p, n)
+        dtu = (dt[..., None] * u).unflatten(1, (self.config.ngroups, -1))  # (b, g, h / g, p)
+        groups.addcmul_(dtu[..., None], B[:, :, None, None].to(dt.dtype))
+        y = groups.flatten(2, 3) @ C[..., None].to(dt.dtype)  # (b, g, (h / g) p, 1)
+        y = torch.addcmul(y.view_as(u), u, self.D[:, None])
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def state_shapes(self, batch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of conv_state and ssm_state."""
+        config = self.config
+        ssm_shape = (batch_size, config.nheads, config.headdim, config.d_state)
+        return (batch_size, config.conv_dim, config.d_conv), ssm_shape
+
+    def new_states(self, batch_size: int) -> tuple[Tensor, Tensor]:
+        """The states at the start of a sequence: zeros, conv_state in the weights' type, ssm_state in float32."""
+        conv_shape, ssm_shape = self.state_shapes(batch_size)
+        weight = self.conv1d.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return weight.new_zeros(conv_shape), weight.new_zeros(ssm_shape, dtype=dtype)
+
+
+class GatedRMSNorm(nn.Module):
+    """norm(y * SiLU(z)) * weight over each group of channels (section 7): (..., e) to the same shape."""
+
+    def __init__(self, width: int, ngroups: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.ngroups, self.eps = ngroups, eps
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        y = (y * F.silu(z.to(y.dtype))).unflatten(-1, (self.ngroups, -1))
+        y = F.rms_norm(y, y.shape[-1:], eps=self.eps).flatten(-2)
+        return (y * self.weight).to(self.weight.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Block, encoder, model, language model
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension, in float32 at least; the result has the weight's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        x = F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
+        return x.to(self.weight.dtype)
+
+
+class Mamba2Block(nn.Module):
+    """x + mixer(norm(x)), on (b, l, d_model)."""
+
+    def __init__(self, config: Mamba2Config, layer_idx: int = 0) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.norm.weight._no_weight_decay = True
+        self.mixer = Mamba2Mixer(config, layer_idx)
+
+    def forward(self, x: Tensor, inference_params: Any = None, lengths: Tensor | None = None) -> Tensor:
+        return x + self.mixer(self.norm(x), inference_params, lengths)
+
+    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
+        """One token, (b, d_model); the states are updated in place."""
+        return x + self.mixer.step(self.norm(x), conv_state, ssm_state)
+
+
+class Mamba2PreTrained(nn.Module):
+    """What every model here has: a config, checkpoints, and words about its cache."""
+
+    config: Mamba2Config
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
+
+        `name` holds config.json and weights in transformers' or state-spaces' format (safetensors or pytorch_model.bin,
+        in one file or sharded). `dtype` None keeps the stored type, `device` None means the CPU. Raises OSError where a
+        file is missing or the hub can't be reached, ValueError for a model that this file does not implement and for
+        tensors that are missing, left over or of another shape.
+        """
+        config = Mamba2Config.from_checkpoint(_read_config(name))
+        with torch.device("meta"):
+            model = cls(config)
+        _load_weights(model, name, device or "cpu", dtype)
+        return model.eval()
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write config.json and model.safetensors (sharded above 5 GB) in transformers' format.
+
+        Each file is written beside its place and renamed, the config last; other files there, a tokenizer say, stay.
+        """
+        _save(self, Path(directory))
+
+    def get_cache_info(self, inference_params: Any) -> dict[str, float]:
+        """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
+        return _cache_info(inference_params)
+
+    def reset_cache(self, inference_params: Any) -> None:
+        """Forget everything: the next call starts a new sequence."""
+        inference_params.key_value_memory_dict.clear()
+        inference_params.seqlen_offset = 0
+
+
+class Mamba2Encoder(Mamba2PreTrained):
+    """The blocks and a final norm, (b, l, d_model) to the same shape: for inputs that are vectors already."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Mamba2Block(config, layer_idx) for layer_idx in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.norm_f.weight._no_weight_decay = True
+
+    def _residual(self, x: Tensor) -> Tensor:
+        """The residual stream starts in float32 (residual_in_fp32) or in the weights' type."""
+        dtype = self.norm_f.weight.dtype
+        return x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
+
+    def forward(self, x: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None) -> Tensor:
+        """(b, l, d_model) to the same shape, in the weights' type.
+
+        inference_params: continue from its states and leave the new ones there; an error leaves it as it was.
+        attention_mask: (b, l) of 0 and 1, the tokens of this call; padding on the left or on the right, no holes.
+        """
+        if x.ndim != 3 or x.shape[-1] != self.config.d_model or not x.is_floating_point():
+            allowed = f"floating point of shape (b, l, d_model = {self.config.d_model})"
+            raise ValueError(f"x must be {allowed}, got {x.dtype} of shape {tuple(x.shape)}")
+        x = self._residual(x)
+        lengths = left = None
+        if attention_mask is not None:
+            left, lengths = _padding(attention_mask, x.shape[:2])
+        if left is not None:
+            x = _roll(x, left)  # the real tokens first, so that only padding on the right remains
+        cache = None
+        if inference_params is not None:
+            cache = InferenceParams(dict(inference_params.key_value_memory_dict))
+        for layer in self.layers:
+            if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cache, lengths, use_reentrant=False)
+            else:
+                x = layer(x, cache, lengths)
+        x = self.norm_f(x)
+        if inference_params is not None:
+            _commit(cache.key_value_memory_dict, inference_params, x.shape[1])
+        return x if left is None else _roll(x, -left)
+
+    def step(self, x: Tensor, inference_params: Any) -> Tensor:
+        """One vector of each sequence, (b, d_model) to the same shape, after those that the states have seen."""
+        states = inference_params.key_value_memory_dict
+        if not states:
+            states.update({i: layer.mixer.new_states(x.shape[0]) for i, layer in enumerate(self.layers)})
+        for i, layer in enumerate(self.layers):
+            _check_states(states[i], layer.mixer.state_shapes(x.shape[0]))
+        x = self._residual(x)
+        for i, layer in enumerate(self.layers):
+            x = layer.step(x, *states[i])
+        if isinstance(inference_params, InferenceParams):
+            inference_params.seqlen_offset += 1
+        return self.norm_f(x)
+
+
+def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
+    """How many padding tokens each row begins with, and how many real ones follow, both (b,); None if all are real."""
+    if attention_mask.shape != shape:
+        raise ValueError(f"attention_mask must have shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
+    real = attention_mask.bool()
+    if not torch.equal(real.to(attention_mask.dtype), attention_mask):
+        raise ValueError("attention_mask must hold 0 and 1 only")
+    if real.all():
+        return None, None
+    lengths, left = real.sum(1), real.int().argmax(1)
+    position = torch.arange(shape[1], device=real.device) - left[:, None]
+    if not torch.equal(real, (position >= 0) & (position < lengths[:, None])):
+        raise ValueError("attention_mask must have its zeros on the left or on the right, got a hole between ones")
+    return left, lengths
+
+
+def _roll(x: Tensor, by: Tensor) -> Tensor:
+    """Move each row of (b, l, d) to the left by its own number of positions, around the end."""
+    index = (torch.arange(x.shape[1], device=x.device) + by[:, None]) % x.shape[1]
+    return x.gather(1, index[..., None].expand_as(x))
+
+
+def _commit(new: dict[int, tuple[Tensor, Tensor]], inference_params: Any, n_tokens: int) -> None:
+    """Write the new states over the old ones, in place where a layer had states before."""
+    old = inference_params.key_value_memory_dict
+    for layer_idx, states in new.items():
+        if layer_idx in old:
+            for target, state in zip(old[layer_idx], states, strict=True):
+                target.copy_(state)
+        else:
+            old[layer_idx] = states
+    if isinstance(inference_params, InferenceParams):
+        inference_params.seqlen_offset += n_tokens
+
+
+class Mamba2Model(Mamba2Encoder):
+    """The encoder with an embedding: ids (b, l), or embeddings (b, l, d_model), to hidden states (b, l, d_model)."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model)
+        nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
+
+    def forward(
+        self, input_ids: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        x = input_ids if input_ids.is_floating_point() else self.embed(input_ids)
+        return super().forward(x, inference_params, attention_mask=attention_mask)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Ids (b, l) to vectors (b, l, d_model). Raises ValueError for ids of another shape, type or range."""
+        if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.ndim != 2:
+            allowed = f"int64 of shape (b, l), or floating point of shape (b, l, d_model = {self.config.d_model})"
+            raise ValueError(f"input_ids must be {allowed}, got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
+        rows = self.embeddings.num_embeddings
+        if not torch.compiler.is_compiling() and input_ids.numel():
+            low, high = torch.aminmax(input_ids)
+            if low < 0 or high >= rows:
+                raise ValueError(f"input_ids must be in [0, {rows}), got {(low if low < 0 else high).item()}")
+        return self.embeddings(input_ids)
+
+
+class Mamba2ForCausalLM(Mamba2PreTrained):
+    """The language model: next-token logits for every position."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Mamba2Model(config)
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        inference_params: Any = None,
+        labels: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        num_last_tokens: int = 0,
+    ) -> Tensor | dict[str, Tensor]:
+        """Logits (b, l, padded_vocab_size), float32, from ids (b, l) or embeddings (b, l, d_model).
+
+        inference_params: states to continue from, updated in place (see InferenceParams). Any number of tokens a call.
+        labels: (b, l), the ids themselves (they are shifted here), -100 where none counts. Then the result is a dict
+            of "loss" (mean cross entropy in nats, float32) and "logits".
+        attention_mask: (b, l) of 0 and 1; padding on the left or on the right.
+        num_last_tokens: k > 0 gives the logits of the last k positions alone.
+        """
+        if labels is not None and (labels.shape != input_ids.shape[:2] or num_last_tokens):
+            allowed = f"of shape {tuple(input_ids.shape[:2])}, without num_last_tokens"
+            raise ValueError(f"labels must be {allowed}, got {tuple(labels.shape)} and {num_last_tokens}")
+        if num_last_tokens < 0:
+            raise ValueError(f"num_last_tokens must be 0 (all) or positive, got {num_last_tokens}")
+        hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
+        logits = self._logits(hidden[:, -num_last_tokens:])
+        if labels is None:
+            return logits
+        loss = F.cross_entropy(rearrange(logits[:, :-1], "b l v -> (b l) v"), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits = self.lm_head(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @torch.no_grad()
+    def step(self, token_ids: Tensor, inference_params: Any) -> Tensor:
+        """Logits (b, padded_vocab_size) after one more token (b,): time and memory don't depend on what came before."""
+        if token_ids.ndim != 1:
+            raise ValueError(f"token_ids must have shape (b,), got {tuple(token_ids.shape)}")
+        return self._logits(self.backbone.step(self.backbone.embed(token_ids[:, None])[:, 0], inference_params))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 50,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue prompts (b, l): ids (b, l + new), new <= max_new_tokens.
+
+        temperature 0 takes the likeliest token; else one is drawn from softmax(logits / temperature), of the `top_k`
+        likeliest tokens and then of the fewest likeliest ones that hold `top_p` of the probability. A row that drew an
+        id of eos_token_id is filled up with it; the result is shorter when all rows did. attention_mask (b, l): padded
+        prompts. use_cache=False reads the whole text anew for every token: the same ids, slowly.
+        """
+        settings = (max_new_tokens, temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator)
+        tokens = list(_generate(self, input_ids, *settings))
+        return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 50,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[int | Tensor]:
+        """The new tokens of `generate`, each as soon as it is known: an int for one prompt, ids (b,) for several."""
+        settings = (max_new_tokens, temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator)
+        tokens = _generate(self, input_ids, *settings)
+        return (token.item() for token in tokens) if input_ids.shape[0] == 1 else tokens
+
+
+# The names of the projects whose users this file should feel like home to.
+Mamba2 = Mamba2Mixer  # mamba2-minimal
+Mamba2LMHeadModel = Mamba2ForCausalLM  # mamba2-minimal
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+def _checkpoint_file(name: str | os.PathLike, filename: str) -> Path | None:
+    """The path of a checkpoint's file, fetched from the hub unless `name` is a directory; None if it has no such file."""
+    if Path(name).is_dir():
+        path = Path(name) / filename
+        return path if path.exists() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(name), filename))
+    except EntryNotFoundError as error:
+        if not isinstance(error, LocalEntryNotFoundError):
+            return None
+        reason = "the model hub can't be reached and there is no copy in its cache"
+    except HFValidationError:
+        reason = "no such directory, and no name of the form owner/model"
+    except OSError as error:  # an HTTP error, offline mode
+        reason = str(error).strip().splitlines()[0]
+    raise OSError(f"can't load {str(name)!r}: {reason}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """JSON with infinity as `Infinity` or as transformers 5 writes it, {"__float__": "Infinity"}."""
+    return json.loads(path.read_text(), object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d)
+
+
+def _read_config(name: str | os.PathLike) -> dict[str, Any]:
+    path = _checkpoint_file(name, "config.json")
+    if path is None:
+        raise OSError(f"can't load {str(name)!r}: it has no config.json")
+    return _read_json(path)
+
+
+def _stored_tensors(name: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint one after the other, as views of mapped files: nothing is read before it is used."""
+    for filename in WEIGHT_FILES:
+        if (path := _checkpoint_file(name, filename)) is not None:
+            break
+    else:
+        raise OSError(f"can't load {str(name)!r}: it has none of {', '.join(WEIGHT_FILES)}")
+    files = [filename]
+    if filename.endswith(".index.json"):
+        files = sorted(set(_read_json(path)["weight_map"].values()))
+    for filename in files:
+        if (path := _checkpoint_file(name, filename)) is None:
+            raise OSError(f"can't load {str(name)!r}: its index names {filename}, which is missing")
+        if filename.endswith(".safetensors"):
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    yield key, file.get_tensor(key)
+        else:
+            yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
+
+
+def _load_weights(model: Mamba2PreTrained, name: str | os.PathLike, device: Any, dtype: torch.dtype | None) -> None:
+    """Give a model on the meta device the weights of a checkpoint, converted one at a time."""
+    wanted = dict(model.named_parameters())
+    prefix = "" if hasattr(model, "backbone") else "backbone."
+    loaded, unexpected, misshapen = set(), [], []
+    for key, tensor in _stored_tensors(name):
+        key = key.replace("backbone.embedding.", "backbone.embeddings.").removeprefix(prefix)
+        if key == "lm_head.weight" and key not in wanted:
+            continue  # tied to the embedding, or a model without a head
+        if key not in wanted:
+            unexpected.append(key)
+        elif tensor.shape != wanted[key].shape:
+            misshapen.append(f"{key} {tuple(tensor.shape)} for {tuple(wanted[key].shape)}")
+        else:
+            _set_parameter(model, key, tensor.to(device, dtype, copy=True))
+            loaded.add(key)
+    problems = {"missing": sorted(wanted.keys() - loaded), "unexpected": unexpected, "of another shape": misshapen}
+    problems["missing"] = [key for key in problems["missing"] if not any(key in text for text in misshapen)]
+    if any(problems.values()):
+        found = "; ".join(f"{what}: {_some(keys)}" for what, keys in problems.items() if keys)
+        raise ValueError(f"the tensors of {str(name)!r} do not fit {type(model).__name__}: {found}")
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _set_parameter(model: nn.Module, key: str, tensor: Tensor) -> None:
+    owner, _, leaf = key.rpartition(".")
+    owner = model.get_submodule(owner)
+    parameter = nn.Parameter(tensor)
+    parameter.__dict__.update(getattr(owner, leaf).__dict__)  # _no_weight_decay
+    setattr(owner, leaf, parameter)
+
+
+def _save(model: Mamba2PreTrained, directory: Path) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    config = model.config
+    stored = {"architectures": [type(model).__name__], **config.to_checkpoint()}
+    stored["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    tensors = model.state_dict()
+    if config.tie_embeddings:
+        tensors.pop("lm_head.weight", None)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
+        save_torch_state_dict(tensors, beside, metadata={"format": "pt"})
+        written = sorted(path.name for path in Path(beside).iterdir())
+        for filename in written:
+            os.replace(Path(beside) / filename, directory / filename)
+    for path in [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model*.bin*")]:
+        if path.name not in written:
+            path.unlink()  # weights of an earlier save
+    _write_text(directory / "config.json", json.dumps(stored, indent=2) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Generation
+# ----------------------------------------------------------------------------------------------------------------------
+
+PROMPT_SEGMENT = 4096  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
+
+
+def _generate(
+    model: Mamba2ForCausalLM,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    eos_token_id: int | Sequence[int] | None,
+    attention_mask: Tensor | None,
+    use_cache: bool,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
+    """Check the settings of `generate`, then return an iterator over its new tokens, (b,) each."""
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids must have shape (b, l) with l > 0, got {tuple(input_ids.shape)}")
+    if type(max_new_tokens) is not int or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be an integer, 0 or greater, got {max_new_tokens!r}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or greater, got {temperature!r}")
+    if top_k is not None and (type(top_k) is not int or top_k < 1):
+        raise ValueError(f"top_k must be None or a positive integer, got {top_k!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
+    if attention_mask is not None:
+        _, lengths = _padding(attention_mask, input_ids.shape)
+        if lengths is not None and not lengths.all():
+            raise ValueError("attention_mask must leave at least one real token in every row")
+    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    sampling = (temperature, top_k, top_p, generator)
+    return _tokens(model, input_ids, max_new_tokens, sampling, eos, attention_mask, use_cache)
+
+
+@torch.no_grad()
+def _tokens(
+    model: Mamba2ForCausalLM,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    sampling: tuple,
+    eos: list[int],
+    attention_mask: Tensor | None,
+    use_cache: bool,
+) -> Iterator[Tensor]:
+    cache, token = InferenceParams(), None
+    finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
+    for _ in range(max_new_tokens):
+        if token is not None and use_cache:
+            logits = model.step(token, cache)
+        else:
+            if token is not None:
+                input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+                if attention_mask is not None:
+                    attention_mask = F.pad(attention_mask, (0, 1), value=1)
+                cache.reset()
+            logits = _read_prompt(model, input_ids, cache, attention_mask)
+        token = sample(logits[:, : model.config.vocab_size], *sampling)
+        if eos:
+            token = token.masked_fill(finished, eos[0])
+            finished |= torch.isin(token, torch.tensor(eos, device=token.device))
+        yield token
+        if eos and finished.all():
+            return
+
+
+def _read_prompt(model: Mamba2ForCausalLM, ids: Tensor, cache: InferenceParams, mask: Tensor | None) -> Tensor:
+    """Logits (b, padded_vocab_size) after each row's last real token; a long prompt is read piece by piece."""
+    b, l = ids.shape
+    size = max(1, PROMPT_SEGMENT // b)
+    for start in range(0, l, size):
+        piece = None if mask is None else mask[:, start : start + size]
+        hidden = model.backbone(ids[:, start : start + size], cache, attention_mask=piece)
+        if piece is None:
+            last = hidden[:, -1]
+            continue
+        position = torch.arange(hidden.shape[1], device=ids.device)
+        newest = hidden[torch.arange(b, device=ids.device), (position * piece.long()).argmax(1)]  # (b, d_model)
+        last = newest if start == 0 else torch.where(piece.any(1)[:, None], newest, last)
+    return model._logits(last)
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw a token for each row of logits (b, v): ids (b,). The settings are those of `generate`."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = F.softmax(filter_logits(logits / temperature, top_k, top_p), dim=-1)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+    """Set to -inf all logits (b, v) but the top_k largest, then all but the fewest that hold top_p of the probability.
+
+    The same tokens are kept as by transformers' TopKLogitsWarper and TopPLogitsWarper.
+    """
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_p < 1:
+        ascending, index = logits.sort(dim=-1)
+        removed = F.softmax(ascending, dim=-1).cumsum(-1) <= 1 - top_p
+        removed[:, -1] = False
+        logits = logits.masked_fill(removed.scatter(1, index, removed), -math.inf)
+    return logits
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def _load_tokenizer(name: str | os.PathLike) -> Any:
+    """The checkpoint's tokenizer; state-spaces' checkpoints have none and use GPT-NeoX's."""
+    from tokenizers import Tokenizer
+
+    path = _checkpoint_file(name, "tokenizer.json") or _checkpoint_file("EleutherAI/gpt-neox-20b", "tokenizer.json")
+    return Tokenizer.from_file(str(path))
+
+
+def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
+    parser.add_argument("prompt", nargs="?", help="the text to continue; read from standard input when piped")
+    parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT), help="a directory or a name on the model hub")
+    parser.add_argument("--max-new-tokens", type=int, default=500)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=None)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same text")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    types = ["auto", "float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=types, default="auto", help="auto: float32 on a CPU, else the stored type")
+    arguments = parser.parse_args(argv)
+    if arguments.prompt is None and not sys.stdin.isatty():
+        arguments.prompt = sys.stdin.read()
+    if not arguments.prompt:
+        parser.exit(2, f"{parser.prog}: error: no prompt: give one as an argument or on standard input\n")
+    if arguments.device == "auto":
+        mps = torch.backends.mps.is_available()
+        arguments.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if arguments.dtype == "auto":
+        arguments.dtype = "float32" if arguments.device == "cpu" else None
+    return arguments
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    """Stream the continuation to standard output and a summary to standard error."""
+    from tokenizers.decoders import DecodeStream
+
+    dtype = arguments.dtype and getattr(torch, arguments.dtype)
+    model = Mamba2ForCausalLM.from_pretrained(arguments.model, device=arguments.device, dtype=dtype)
+    tokenizer = _load_tokenizer(arguments.model)
+    prompt = tokenizer.encode(arguments.prompt).ids
+    generator = torch.Generator(arguments.device)
+    generator.seed() if arguments.seed is None else generator.manual_seed(arguments.seed)
+    tokens = model.stream(
+        torch.tensor([prompt], device=arguments.device),
+        arguments.max_new_tokens,
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        model.config.eos_token_id,
+        generator=generator,
+    )
+    print(arguments.prompt, end="", flush=True)
+    decoder = DecodeStream(skip_special_tokens=True)
+    times = [time.perf_counter()]
+    try:
+        for token in tokens:
+            print(decoder.step(tokenizer, token) or "", end="", flush=True)
+            times.append(time.perf_counter())
+    finally:
+        print(flush=True)
+        _print_summary(model, len(prompt), times)
+
+
+def _print_summary(model: Mamba2ForCausalLM, prompt_length: int, times: list[float]) -> None:
+    weight = model.lm_head.weight
+    count = sum(parameter.numel() for parameter in model.parameters())
+    summary = f"{weight.device.type}, {str(weight.dtype).removeprefix('torch.')}, {count / 1e6:.1f}M parameters"
+    if len(times) > 1:
+        summary += f"; prompt {prompt_length} tokens, {prompt_length / (times[1] - times[0]):.0f} tokens/s"
+    if len(times) > 2:
+        summary += f"; generated {len(times) - 1} tokens, {(len(times) - 2) / (times[-1] - times[1]):.0f} tokens/s"
+    print(summary, file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    arguments = _parse_arguments(argv)
+    try:
+        _run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
