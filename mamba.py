@@ -31,13 +31,14 @@ Glossary
 """
 
 import argparse
+import functools
 import json
 import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -312,6 +313,20 @@ def _check_states(states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+_NAMESPACE = __name__.replace(".", "_")  # of the operators below: each copy of this file has its own
+
+
+def _full_precision(function: Callable) -> Callable:
+    """Switch autocast off inside a function: the state is float32 (or float64) also where the layers are not."""
+
+    @functools.wraps(function)
+    def wrapped(x: Tensor, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return wrapped
+
+
 def selective_scan_recurrence(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -394,10 +409,8 @@ def _recur_(x: Tensor, decay: Tensor, entering: Tensor, reverse: bool = False) -
     x[1:-1, :, others].addcmul_(product[1:-1, :, others], xs[0][:, others])
 
 
-_NAMESPACE = __name__.replace(".", "_")
-
-
 @torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
+@_full_precision
 def _scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, block_len: int, n_parallel: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -429,6 +442,7 @@ def _scan(
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::selective_scan_backward", mutates_args=())
+@_full_precision
 def _scan_backward(
     dy: Tensor,
     dh: Tensor,

@@ -36,13 +36,14 @@ Glossary
 """
 
 import argparse
+import functools
 import json
 import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -333,6 +334,20 @@ def _check_states(states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+_NAMESPACE = __name__.replace(".", "_")  # of the operators below: each copy of this file has its own
+
+
+def _full_precision(function: Callable) -> Callable:
+    """Switch autocast off inside a function: the state is float32 (or float64) also where the layers are not."""
+
+    @functools.wraps(function)
+    def wrapped(x: Tensor, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return wrapped
+
+
 def ssd_recurrence(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -372,6 +387,7 @@ def ssd_quadratic(
     return rearrange(y, "b h l p -> b l h p"), state
 
 
+@_full_precision
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -438,9 +454,6 @@ def decay_matrix(a: Tensor) -> Tensor:
     where a difference of cumulative sums would cancel.
     """
     return _decay_matrix(a)
-
-
-_NAMESPACE = __name__.replace(".", "_")
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::decay_matrix", mutates_args=())
