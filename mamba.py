@@ -32,6 +32,7 @@ Glossary
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -360,21 +361,21 @@ def selective_scan(
     return y, h.mT.contiguous()
 
 
-_BLOCK_ELEMENTS = 2**20
+_BLOCK_ELEMENTS = 2**20  # of a block's tensors: several of them stay in a CPU's cache
 
 
 def _tiling(b: int, l: int, e: int, n: int, block_len: int, n_parallel: int) -> tuple[int, int, int]:
+    """Steps of a block, blocks side by side, and rows of the batch that are worked on at once (see selective_scan)."""
     t = block_len or min(64, max(16, _BLOCK_ELEMENTS // max(1, b * n * e)))
     w = n_parallel or 1
-    return t, w, max(1, _BLOCK_ELEMENTS // (t * w * n * e))
+    return t, w, max(1, min(b, _BLOCK_ELEMENTS // (t * w * n * e)))
 
 
 def _segments(l: int, t: int, w: int) -> list[tuple[int, int, int]]:
     """Cut l steps into segments (start, t, w) of w blocks of t steps; the last ones are what is left over."""
     segments, start = [], 0
     while start < l:
-        rest = l - start
-        t, w = min(t, rest), min(w, max(1, rest // t))
+        t, w = min(t, l - start), max(1, min(w, (l - start) // t))
         segments.append((start, t, w))
         start += t * w
     return segments
@@ -385,28 +386,31 @@ def _blocks(x: Tensor, rows: slice, start: int, t: int, w: int) -> Tensor:
     return x[rows, start : start + t * w].unflatten(1, (w, t)).permute(2, 0, 1, 3)
 
 
-def _recur_(x: Tensor, decay: Tensor, entering: Tensor, reverse: bool = False) -> None:
-    """x[i] += decay[i-1] * x[i-1]"""
-    _, _, w, _, _ = x.shape
-    step = -1 if reverse else 1
-    xs, ds = x.unbind(0)[::step], decay.unbind(0)[::step]
-    order = range(w)[::step]
-    xs[0].zero_()
+def _recur_(x: Tensor, xs: Sequence[Tensor], ds: Sequence[Tensor], entering: Tensor, reverse: bool = False) -> None:
+    """x[i + 1] += d[i] * x[i] in each block, with x[0] the state at the end of the block before it.
+
+    x: (t + 1, r, w, n, e), holds the inputs and becomes the states; xs and ds: x and the decays (t, r, w, n, e) by
+    steps; entering: (r, n, e), x[0] of the first block. reverse: from the last step to the first, likewise the blocks.
+    """
+    w = x.shape[2]
+    xs, ds, order = (xs[::-1], ds[::-1], range(w)[::-1]) if reverse else (xs, ds, range(w))
+    if w > 1:
+        xs[0].zero_()
     xs[0][:, order[0]] = entering
-    for x_t, x_next, d in zip(xs, xs[1:], ds):
-        x_next.addcmul_(d, x_t)
+    for d, x_i, x_next in zip(ds, xs, xs[1:], strict=False):
+        x_next.addcmul_(d, x_i)
     if w == 1:
         return
-    product = torch.empty_like(x)
-    ps = product.unbind(0)[::step]
+    product = torch.empty_like(x)  # the decay since the block began
+    ps = product.unbind(0)[::-1] if reverse else product.unbind(0)
     ps[1].copy_(ds[0])
-    for p, p_next, d in zip(ps[1:], ps[2:], ds[1:]):
+    for d, p, p_next in zip(ds[1:], ps[1:], ps[2:], strict=False):
         torch.mul(p, d, out=p_next)
-    for prev, i in zip(order, order[1:]):
-        xs[0][:, i] = xs[-1][:, prev]
+    for before, i in itertools.pairwise(order):  # the same recurrence, over the ends of the blocks
+        xs[0][:, i] = xs[-1][:, before]
         xs[-1][:, i].addcmul_(ps[-1][:, i], xs[0][:, i])
-    others = slice(0, -1) if reverse else slice(1, None)
-    x[1:-1, :, others].addcmul_(product[1:-1, :, others], xs[0][:, others])
+    later = slice(0, -1) if reverse else slice(1, None)
+    x[1:-1, :, later].addcmul_(product[1:-1, :, later], xs[0][:, later])
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
@@ -414,29 +418,32 @@ def _recur_(x: Tensor, decay: Tensor, entering: Tensor, reverse: bool = False) -
 def _scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, block_len: int, n_parallel: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (b, l, e), n, s = u.shape, A.shape[1], dt.dtype
+    """y (b, l, e), the final state (b, n, e) and, if `keep`, the states at which segments begin (segments, b, n, e)."""
+    (b, l, e), n, dtype = u.shape, A.shape[1], dt.dtype
     t, w, r = _tiling(b, l, e, n, block_len, n_parallel)
     segments = _segments(l, t, w)
-    y = torch.empty_like(dt)  # (b, l, e)
-    final = torch.empty_like(h0)
+    y, final = torch.empty_like(dt), torch.empty_like(h0)
     borders = dt.new_empty(len(segments) if keep else 0, b, n, e)
-    A = A.to(s).t().contiguous()  # (n, e)
-    decay = dt.new_empty(t, r, w, n, e)
-    states = dt.new_empty(t + 1, r, w, n, e)
+    A = A.to(dtype).t().contiguous()  # (n, e)
+
+    @functools.cache
+    def buffers(t: int, r: int, w: int) -> tuple:
+        decay, x = dt.new_empty(t, r, w, n, e), dt.new_empty(t + 1, r, w, n, e)
+        return decay, x, decay.unbind(0), x.unbind(0)
+
     for row in range(0, b, r):
         rows = slice(row, row + r)
         h = h0[rows]
         for i, (start, t, w) in enumerate(segments):
             if keep:
                 borders[i, rows] = h
-            part = (rows, start, t, w)
-            d, x = decay[:t, : len(h), :w], states[: t + 1, : len(h), :w]
-            dt_, u_, B_, C_, y_ = (_blocks(v, *part) for v in (dt, u, B, C, y))
-            torch.mul(dt_[..., None, :], A, out=d).exp_()
-            torch.mul(B_.to(s)[..., None], (dt_ * u_)[..., None, :], out=x[1:])
-            _recur_(x, d, h)
-            y_.copy_((C_.to(s)[..., None, :] @ x[1:]).squeeze(-2))
-            h = x[-1, :, -1].clone()
+            dt_i, u_i, B_i, C_i, y_i = (_blocks(v, rows, start, t, w) for v in (dt, u, B, C, y))
+            decay, x, ds, xs = buffers(t, len(h), w)
+            torch.mul(dt_i[..., None, :], A, out=decay).exp_()
+            torch.mul((dt_i * u_i)[..., None, :], B_i.to(dtype)[..., None], out=x[1:])
+            _recur_(x, xs, ds, h)
+            y_i.copy_((C_i.to(dtype)[..., None, :] @ x[1:]).squeeze(-2))
+            h = xs[-1][:, -1].clone()
         final[rows] = h
     return y, final, borders
 
@@ -455,46 +462,53 @@ def _scan_backward(
     block_len: int,
     n_parallel: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (b, l, e), n, s = u.shape, A.shape[1], dt.dtype
+    """The gradients of u, dt, A, B, C and of the initial state (b, n, e), from those of y and of the final state.
+
+    Each segment's states are computed again from the one at its border (section 3.3.2). With g the gradient of h:
+
+        g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}        and that of dt_t A is  q_t = g_t * exp(dt_t A) * h_{t-1}
+    """
+    (b, l, e), n, dtype = u.shape, A.shape[1], dt.dtype
     t, w, r = _tiling(b, l, e, n, block_len, n_parallel)
     segments = _segments(l, t, w)
-    du, ddt, dB, dC = (torch.empty_like(x) for x in (u, dt, B, C))
-    dh0 = torch.empty_like(dh)
-    A_t = A.to(s).t().contiguous()
+    du, ddt, dB, dC, dh0 = (torch.empty_like(x) for x in (u, dt, B, C, dh))
     dA = dt.new_zeros(r, w, n, e)
-    decay = dt.new_empty(t + 1, r, w, n, e)
-    states, grads = torch.empty_like(decay), torch.empty_like(decay)
+    A_ne = A.to(dtype).t().contiguous()  # (n, e)
+
+    @functools.cache
+    def buffers(t: int, r: int, w: int) -> tuple:
+        decay, x, g = (dt.new_empty(t + 1, r, w, n, e) for _ in range(3))
+        return decay, x, g, decay.unbind(0), x.unbind(0), g.unbind(0), g[:-1].unbind(-2)
+
     for row in range(0, b, r):
         rows = slice(row, row + r)
-        g = dh[rows]
+        entering = dh[rows]
         for i, (start, t, w) in reversed(list(enumerate(segments))):
-            part = (rows, start, t, w)
-            d, x, gs = (v[: t + 1, : len(g), :w] for v in (decay, states, grads))
-            dt_, u_, B_, C_, dy_ = (_blocks(v, *part).to(s) for v in (dt, u, B, C, dy))
-            dtu = dt_ * u_
-            torch.mul(dt_[..., None, :], A_t, out=d[:-1]).exp_()
-            torch.mul(B_[..., None], dtu[..., None, :], out=x[1:])
-            _recur_(x, d[:-1], borders[i, rows])
-            torch.mul(C_[..., None], dy_[..., None, :], out=gs[:-1])
-            d[-1, :, -1] = 1
-            d[-1, :, :-1] = d[0, :, 1:]
-            _recur_(gs, d[1:], g, reverse=True)
-            q = gs[:-1]
-            g = d[0, :, 0] * gs[0, :, 0]
-            du_, ddt_, dB_, dC_ = (_blocks(v, *part) for v in (du, ddt, dB, dC))
-            dC_.copy_((x[1:] @ dy_[..., None]).squeeze(-1))
-            dB_.copy_((q @ dtu[..., None]).squeeze(-1))
-            d_dtu = (B_[..., None, :] @ q).squeeze(-2)
-            du_.copy_(d_dtu * dt_)
-            q.mul_(d[:-1]).mul_(x[:-1])
-            acc = dA[: len(g), :w]
-            for q_t, dt_t in zip(q.unbind(0), dt_[..., None, :].unbind(0)):
-                acc.addcmul_(q_t, dt_t)
-            d_dtu.mul_(u_)
-            for q_n, A_n in zip(q.unbind(-2), A_t):
-                d_dtu.addcmul_(q_n, A_n)
-            ddt_.copy_(d_dtu)
-        dh0[rows] = g
+            dt_i, u_i, B_i, C_i, dy_i = (_blocks(v, rows, start, t, w).to(dtype) for v in (dt, u, B, C, dy))
+            dtu = dt_i * u_i
+            decay, x, g, ds, xs, gs, g_by_n = buffers(t, len(entering), w)
+            torch.mul(dt_i[..., None, :], A_ne, out=decay[:-1]).exp_()
+            torch.mul(dtu[..., None, :], B_i[..., None], out=x[1:])
+            _recur_(x, xs, ds[:-1], borders[i, rows])
+            ds[-1][:, :-1] = ds[0][:, 1:]  # the decay of the next block's first step
+            ds[-1][:, -1] = 1  # is in `entering` already
+            torch.mul(dy_i[..., None, :], C_i[..., None], out=g[:-1])
+            _recur_(g, gs, ds[1:], entering, reverse=True)
+            entering = ds[0][:, 0] * gs[0][:, 0]
+            du_i, ddt_i, dB_i, dC_i = (_blocks(v, rows, start, t, w) for v in (du, ddt, dB, dC))
+            dC_i.copy_((x[1:] @ dy_i[..., None]).squeeze(-1))
+            dB_i.copy_((g[:-1] @ dtu[..., None]).squeeze(-1))
+            d_dtu = (B_i[..., None, :] @ g[:-1]).squeeze(-2)  # (t, r, w, e)
+            du_i.copy_(d_dtu * dt_i)
+            d_dt = d_dtu.mul_(u_i)
+            g[:-1].mul_(decay[:-1]).mul_(x[:-1])  # g is q from here on
+            for q_n, A_n in zip(g_by_n, A_ne.unbind(0), strict=True):
+                d_dt.addcmul_(q_n, A_n)
+            ddt_i.copy_(d_dt)
+            dA_i = dA[: len(entering), :w]
+            for q_t, dt_t in zip(gs[:-1], dt_i[..., None, :].unbind(0), strict=True):
+                dA_i.addcmul_(q_t, dt_t)
+        dh0[rows] = entering
     return du, ddt, dA.sum((0, 1)).t().to(A.dtype).contiguous(), dB, dC, dh0
 
 
@@ -510,16 +524,17 @@ def _(dy, dh, u, dt, A, B, C, borders, block_len, n_parallel):
     return tuple(torch.empty_like(x) for x in (u, dt, A, B, C, dh))
 
 
-def _setup(ctx, inputs, output):
+def _scan_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, _, ctx.block_len, ctx.n_parallel, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _backward(ctx, dy, dh, _):
-    return *_scan_backward(dy, dh, *ctx.saved_tensors, ctx.block_len, ctx.n_parallel), None, None, None
+def _scan_gradients(ctx: Any, dy: Tensor, dh: Tensor, _: Tensor) -> tuple:
+    gradients = _scan_backward(dy, dh, *ctx.saved_tensors, ctx.block_len, ctx.n_parallel)
+    return *gradients, None, None, None
 
 
-_scan.register_autograd(_backward, setup_context=_setup)
+_scan.register_autograd(_scan_gradients, setup_context=_scan_setup)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -544,7 +559,10 @@ def causal_conv(
     else:
         index = lengths[:, None] + torch.arange(k, device=x.device)
         newest = torch.cat([conv_state.mT, x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-    return F.silu(y).to(x.dtype), newest.detach().mT.to(weight.dtype, copy=True)
+    return y, newest.detach().mT.to(weight.dtype, copy=True)
+
+
+_CONV_ELEMENTS = 2**18  # of a tile
 
 
 def _tiles(b: int, l: int, c: int) -> list[tuple[slice, int, int]]:
@@ -554,71 +572,67 @@ def _tiles(b: int, l: int, c: int) -> list[tuple[slice, int, int]]:
     return [(slice(r, r + rows), s, min(length, l - s)) for r in range(0, b, rows) for s in range(0, l, length)]
 
 
-_CONV_ELEMENTS = 2**18
+def _conv_tile(x: Tensor, before: Tensor, taps: Tensor, bias: Tensor, rows: slice, start: int, length: int) -> Tensor:
+    """bias + sum over i of taps[k-1-i] * x[t-i], as k shifted multiply-adds: faster on (b, l, c) than nn.Conv1d."""
+    k = taps.shape[0]
+    y = torch.addcmul(bias, x[rows, start : start + length], taps[-1])
+    for i in range(1, k):
+        first = min(max(i - start, 0), length)  # the steps before it look at `before`
+        y[:, first:].addcmul_(x[rows, start + first - i : start + length - i], taps[-1 - i])
+        if first:
+            y[:, :first].addcmul_(before[rows, k - i + start : k - i + start + first], taps[-1 - i])
+    return y
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::causal_conv", mutates_args=())
 def _conv(x: Tensor, before: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    """y[t] = bias + sum over i of taps[k-1-i] * x[t-i], as k shifted multiply-adds: faster than nn.Conv1d on (b, l, c).
-
-    x: (b, l, c); before: (b, k, c), the inputs before x; taps: (k, c); bias: (c,); y: (b, l, c) in the type of taps.
-    """
-    (b, l, c), k = x.shape, taps.shape[0]
-    y = torch.empty(b, l, c, dtype=taps.dtype, device=x.device)
-    for rows, start, length in _tiles(b, l, c):
-        y_tile = y[rows, start : start + length]
-        torch.addcmul(bias, x[rows, start : start + length], taps[-1], out=y_tile)
-        for i in range(1, k):
-            first = min(max(i - start, 0), length)  # the steps before it look at `before`
-            y_tile[:, first:].addcmul_(x[rows, start + first - i : start + length - i], taps[-1 - i])
-    for i in range(1, k):
-        y[:, :i].addcmul_(before[:, k - i : k - i + l], taps[-1 - i])
+    """x: (b, l, c); before: (b, k, c), the inputs before x; taps: (k, c); bias: (c,); result: (b, l, c), of x's type."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for rows, start, length in _tiles(*x.shape):
+        y[rows, start : start + length] = F.silu(_conv_tile(x, before, taps, bias, rows, start, length), inplace=True)
     return y
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::causal_conv_backward", mutates_args=())
-def _conv_backward(dy: Tensor, x: Tensor, before: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (b, l, c), k = x.shape, taps.shape[0]
-    dx = torch.empty(b, l, c, dtype=x.dtype, device=x.device)
-    dbefore, dtaps, dbias = torch.zeros_like(before), torch.zeros_like(taps), torch.zeros_like(taps[0])
-    for rows, start, length in _tiles(b, l, c):
-        x_tile, dx_tile, dy_tile = (v[rows, start : start + length] for v in (x, dx, dy))
-        torch.mul(dy_tile, taps[-1], out=dx_tile)
-        dtaps[-1] += (dy_tile * x_tile).sum((0, 1))
-        dbias += dy_tile.sum((0, 1))
-        for i in range(1, k):
-            later = dy[rows, start + i : start + i + length]
-            dx_tile[:, : later.shape[1]].addcmul_(later, taps[-1 - i])
-            dtaps[-1 - i] += (later * x_tile[:, : later.shape[1]]).sum((0, 1))
-    for i in range(1, k):
-        window = slice(k - i, k - i + l)
-        dbefore[:, window].addcmul_(dy[:, :i], taps[-1 - i])
-        dtaps[-1 - i] += (dy[:, :i] * before[:, window]).sum((0, 1))
-    return dx, dbefore, dtaps, dbias
+def _conv_backward(
+    dy: Tensor, x: Tensor, before: Tensor, taps: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, before, taps and bias; what SiLU was applied to is computed again, tile by tile."""
+    l, k = x.shape[1], taps.shape[0]
+    dx, dbefore = torch.zeros(x.shape, dtype=taps.dtype, device=x.device), torch.zeros_like(before, dtype=taps.dtype)
+    dtaps, dbias = torch.zeros_like(taps), torch.zeros_like(bias)
+    for rows, start, length in _tiles(*x.shape):
+        y = _conv_tile(x, before, taps, bias, rows, start, length)
+        dy_tile = dy[rows, start : start + length].to(taps.dtype)
+        g = torch.ops.aten.silu_backward(dy_tile, y)
+        dbias += g.sum((0, 1))
+        for i in range(k):
+            first = min(max(i - start, 0), length)
+            shifted = slice(start + first - i, start + length - i)
+            dx[rows, shifted].addcmul_(g[:, first:], taps[-1 - i])
+            dtaps[-1 - i] += (g[:, first:] * x[rows, shifted]).sum((0, 1))
+            if first:
+                shifted = slice(k - i + start, k - i + start + first)
+                dbefore[rows, shifted].addcmul_(g[:, :first], taps[-1 - i])
+                dtaps[-1 - i] += (g[:, :first] * before[rows, shifted]).sum((0, 1))
+    return dx.to(x.dtype), dbefore.to(before.dtype), dtaps, dbias
 
 
 @_conv.register_fake
 def _(x, before, taps, bias):
-    return torch.empty(x.shape, dtype=taps.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @_conv_backward.register_fake
-def _(dy, x, before, taps):
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        *(torch.empty_like(v) for v in (before, taps, taps[0])),
-    )
+def _(dy, x, before, taps, bias):
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return dx, torch.empty_like(before), torch.empty_like(taps), torch.empty_like(bias)
 
 
-def _conv_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
-
-
-def _conv_gradients(ctx, dy):
-    return _conv_backward(dy, *ctx.saved_tensors)
-
-
-_conv.register_autograd(_conv_gradients, setup_context=_conv_setup)
+_conv.register_autograd(
+    lambda ctx, dy: _conv_backward(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -690,7 +704,8 @@ class MambaMixer(nn.Module):
             dt = dt.masked_fill(padding[..., None], 0)  # dt = 0 leaves the state alone
         A = -torch.exp(self.A_log.to(dt.dtype))
         y, ssm_state = selective_scan(u, dt, A, B, C, ssm_state)  # (b, l, e)
-        y = y.addcmul_(u, self.D) * F.silu(z)
+        y.addcmul_(u, self.D)
+        y = y * F.silu(z) if torch.is_grad_enabled() else y.mul_(F.silu(z))
         if inference_params is not None:
             inference_params.key_value_memory_dict[self.layer_idx] = (conv_state, ssm_state.detach())
         return self.out_proj(y.to(x.dtype))
@@ -702,7 +717,7 @@ class MambaMixer(nn.Module):
         dtype = torch.promote_types(self.A_log.dtype, torch.float32)
         if config.mixer_rms_eps is not None:  # FalconMamba
             dt, B, C = (F.rms_norm(v.to(dtype), v.shape[-1:], eps=config.mixer_rms_eps).to(v.dtype) for v in (dt, B, C))
-        dt = F.linear(dt, self.dt_proj.weight).to(dtype) + self.dt_proj.bias
+        dt = F.linear(dt, self.dt_proj.weight).to(dtype).add_(self.dt_proj.bias)
         return F.softplus(dt), B, C
 
     def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:

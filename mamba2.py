@@ -558,7 +558,10 @@ def causal_conv(
     else:
         index = lengths[:, None] + torch.arange(k, device=x.device)
         newest = torch.cat([conv_state.mT, x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-    return F.silu(y).to(x.dtype), newest.detach().mT.to(weight.dtype, copy=True)
+    return y, newest.detach().mT.to(weight.dtype, copy=True)
+
+
+_CONV_ELEMENTS = 2**18  # of a tile
 
 
 def _tiles(b: int, l: int, c: int) -> list[tuple[slice, int, int]]:
@@ -568,71 +571,67 @@ def _tiles(b: int, l: int, c: int) -> list[tuple[slice, int, int]]:
     return [(slice(r, r + rows), s, min(length, l - s)) for r in range(0, b, rows) for s in range(0, l, length)]
 
 
-_CONV_ELEMENTS = 2**18
+def _conv_tile(x: Tensor, before: Tensor, taps: Tensor, bias: Tensor, rows: slice, start: int, length: int) -> Tensor:
+    """bias + sum over i of taps[k-1-i] * x[t-i], as k shifted multiply-adds: faster on (b, l, c) than nn.Conv1d."""
+    k = taps.shape[0]
+    y = torch.addcmul(bias, x[rows, start : start + length], taps[-1])
+    for i in range(1, k):
+        first = min(max(i - start, 0), length)  # the steps before it look at `before`
+        y[:, first:].addcmul_(x[rows, start + first - i : start + length - i], taps[-1 - i])
+        if first:
+            y[:, :first].addcmul_(before[rows, k - i + start : k - i + start + first], taps[-1 - i])
+    return y
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::causal_conv", mutates_args=())
 def _conv(x: Tensor, before: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    """y[t] = bias + sum over i of taps[k-1-i] * x[t-i], as k shifted multiply-adds: faster than nn.Conv1d on (b, l, c).
-
-    x: (b, l, c); before: (b, k, c), the inputs before x; taps: (k, c); bias: (c,); y: (b, l, c) in the type of taps.
-    """
-    (b, l, c), k = x.shape, taps.shape[0]
-    y = torch.empty(b, l, c, dtype=taps.dtype, device=x.device)
-    for rows, start, length in _tiles(b, l, c):
-        y_tile = y[rows, start : start + length]
-        torch.addcmul(bias, x[rows, start : start + length], taps[-1], out=y_tile)
-        for i in range(1, k):
-            first = min(max(i - start, 0), length)  # the steps before it look at `before`
-            y_tile[:, first:].addcmul_(x[rows, start + first - i : start + length - i], taps[-1 - i])
-    for i in range(1, k):
-        y[:, :i].addcmul_(before[:, k - i : k - i + l], taps[-1 - i])
+    """x: (b, l, c); before: (b, k, c), the inputs before x; taps: (k, c); bias: (c,); result: (b, l, c), of x's type."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for rows, start, length in _tiles(*x.shape):
+        y[rows, start : start + length] = F.silu(_conv_tile(x, before, taps, bias, rows, start, length), inplace=True)
     return y
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::causal_conv_backward", mutates_args=())
-def _conv_backward(dy: Tensor, x: Tensor, before: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (b, l, c), k = x.shape, taps.shape[0]
-    dx = torch.empty(b, l, c, dtype=x.dtype, device=x.device)
-    dbefore, dtaps, dbias = torch.zeros_like(before), torch.zeros_like(taps), torch.zeros_like(taps[0])
-    for rows, start, length in _tiles(b, l, c):
-        x_tile, dx_tile, dy_tile = (v[rows, start : start + length] for v in (x, dx, dy))
-        torch.mul(dy_tile, taps[-1], out=dx_tile)
-        dtaps[-1] += (dy_tile * x_tile).sum((0, 1))
-        dbias += dy_tile.sum((0, 1))
-        for i in range(1, k):
-            later = dy[rows, start + i : start + i + length]
-            dx_tile[:, : later.shape[1]].addcmul_(later, taps[-1 - i])
-            dtaps[-1 - i] += (later * x_tile[:, : later.shape[1]]).sum((0, 1))
-    for i in range(1, k):
-        window = slice(k - i, k - i + l)
-        dbefore[:, window].addcmul_(dy[:, :i], taps[-1 - i])
-        dtaps[-1 - i] += (dy[:, :i] * before[:, window]).sum((0, 1))
-    return dx, dbefore, dtaps, dbias
+def _conv_backward(
+    dy: Tensor, x: Tensor, before: Tensor, taps: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, before, taps and bias; what SiLU was applied to is computed again, tile by tile."""
+    l, k = x.shape[1], taps.shape[0]
+    dx, dbefore = torch.zeros(x.shape, dtype=taps.dtype, device=x.device), torch.zeros_like(before, dtype=taps.dtype)
+    dtaps, dbias = torch.zeros_like(taps), torch.zeros_like(bias)
+    for rows, start, length in _tiles(*x.shape):
+        y = _conv_tile(x, before, taps, bias, rows, start, length)
+        dy_tile = dy[rows, start : start + length].to(taps.dtype)
+        g = torch.ops.aten.silu_backward(dy_tile, y)
+        dbias += g.sum((0, 1))
+        for i in range(k):
+            first = min(max(i - start, 0), length)
+            shifted = slice(start + first - i, start + length - i)
+            dx[rows, shifted].addcmul_(g[:, first:], taps[-1 - i])
+            dtaps[-1 - i] += (g[:, first:] * x[rows, shifted]).sum((0, 1))
+            if first:
+                shifted = slice(k - i + start, k - i + start + first)
+                dbefore[rows, shifted].addcmul_(g[:, :first], taps[-1 - i])
+                dtaps[-1 - i] += (g[:, :first] * before[rows, shifted]).sum((0, 1))
+    return dx.to(x.dtype), dbefore.to(before.dtype), dtaps, dbias
 
 
 @_conv.register_fake
 def _(x, before, taps, bias):
-    return torch.empty(x.shape, dtype=taps.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 @_conv_backward.register_fake
-def _(dy, x, before, taps):
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        *(torch.empty_like(v) for v in (before, taps, taps[0])),
-    )
+def _(dy, x, before, taps, bias):
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return dx, torch.empty_like(before), torch.empty_like(taps), torch.empty_like(bias)
 
 
-def _conv_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
-
-
-def _conv_gradients(ctx, dy):
-    return _conv_backward(dy, *ctx.saved_tensors)
-
-
-_conv.register_autograd(_conv_gradients, setup_context=_conv_setup)
+_conv.register_autograd(
+    lambda ctx, dy: _conv_backward(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
