@@ -2,8 +2,8 @@
 
 Albert Gu and Tri Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (2023), arXiv:2312.00752;
 "the paper" below. A state space model carries a state h through the sequence. In Mamba the step size dt and the
-projections B and C depend on the current input, so the model selects what to keep in h and what to forget. Training reads
-a whole sequence in linear time; generation keeps only h and the last few inputs, however long the text has become.
+projections B and C depend on the current input, so the model selects what to keep in h and what to forget. Training
+reads a whole sequence in linear time; generation keeps only h and the last few inputs, however long the text is.
 
 Copy this file into your project; it needs torch and einops (and transformers to load or save checkpoints):
 
@@ -100,7 +100,7 @@ class MambaConfig:
         self._check("True or False", lambda v: type(v) is bool, *switches)
         self._check("'random' or 'constant'", lambda v: v in ("random", "constant"), "dt_init")
         self._check("'last', 'mean' or 'max'", lambda v: v in ("last", "mean", "max"), "pooling_strategy")
-        self._check("None or a positive number", lambda v: v is None or _is_number(v) and v > 0, "mixer_rms_eps")
+        self._check("None or a positive number", lambda v: v is None or (_is_number(v) and v > 0), "mixer_rms_eps")
         self._check(f"at least dt_min ({self.dt_min})", lambda v: v >= self.dt_min, "dt_max")
         if self.d_inner is None:
             self.d_inner = self.expand * self.d_model
@@ -552,14 +552,14 @@ def causal_conv(
     """
     l, k = x.shape[1], weight.shape[-1]
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    taps = weight[:, 0].t().to(dtype)  # (k, c)
+    taps = weight[:, 0].t().to(dtype).contiguous()  # (k, c)
     y = _conv(x, conv_state.mT.to(x.dtype), taps, torch.zeros_like(taps[0]) if bias is None else bias.to(dtype))
     if lengths is None:
         newest = torch.cat([conv_state.mT[:, min(l, k) :], x[:, max(l - k, 0) :]], dim=1)  # (b, k, c)
     else:
         index = lengths[:, None] + torch.arange(k, device=x.device)
         newest = torch.cat([conv_state.mT, x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-    return y, newest.detach().mT.to(weight.dtype, copy=True)
+    return y.to(x.dtype), newest.detach().mT.to(weight.dtype, copy=True)
 
 
 _CONV_ELEMENTS = 2**18  # of a tile
@@ -572,24 +572,27 @@ def _tiles(b: int, l: int, c: int) -> list[tuple[slice, int, int]]:
     return [(slice(r, r + rows), s, min(length, l - s)) for r in range(0, b, rows) for s in range(0, l, length)]
 
 
-def _conv_tile(x: Tensor, before: Tensor, taps: Tensor, bias: Tensor, rows: slice, start: int, length: int) -> Tensor:
-    """bias + sum over i of taps[k-1-i] * x[t-i], as k shifted multiply-adds: faster on (b, l, c) than nn.Conv1d."""
+def _conv_tile(
+    y: Tensor, x: Tensor, before: Tensor, taps: Tensor, bias: Tensor, rows: slice, start: int, length: int
+) -> None:
+    """y = bias + sum over i of taps[k-1-i] * x[t-i], as k shifted multiply-adds: faster on (b, l, c) than nn.Conv1d."""
     k = taps.shape[0]
-    y = torch.addcmul(bias, x[rows, start : start + length], taps[-1])
+    torch.addcmul(bias, x[rows, start : start + length], taps[-1], out=y)
     for i in range(1, k):
         first = min(max(i - start, 0), length)  # the steps before it look at `before`
         y[:, first:].addcmul_(x[rows, start + first - i : start + length - i], taps[-1 - i])
         if first:
             y[:, :first].addcmul_(before[rows, k - i + start : k - i + start + first], taps[-1 - i])
-    return y
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::causal_conv", mutates_args=())
 def _conv(x: Tensor, before: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    """x: (b, l, c); before: (b, k, c), the inputs before x; taps: (k, c); bias: (c,); result: (b, l, c), of x's type."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """x: (b, l, c); before: (b, k, c), the inputs before x; taps: (k, c); bias: (c,); result: (b, l, c), as taps."""
+    y = torch.empty(x.shape, dtype=taps.dtype, device=x.device)
     for rows, start, length in _tiles(*x.shape):
-        y[rows, start : start + length] = F.silu(_conv_tile(x, before, taps, bias, rows, start, length), inplace=True)
+        y_tile = y[rows, start : start + length]
+        _conv_tile(y_tile, x, before, taps, bias, rows, start, length)
+        F.silu(y_tile, inplace=True)
     return y
 
 
@@ -598,12 +601,13 @@ def _conv_backward(
     dy: Tensor, x: Tensor, before: Tensor, taps: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, before, taps and bias; what SiLU was applied to is computed again, tile by tile."""
-    l, k = x.shape[1], taps.shape[0]
+    k = taps.shape[0]
     dx, dbefore = torch.zeros(x.shape, dtype=taps.dtype, device=x.device), torch.zeros_like(before, dtype=taps.dtype)
     dtaps, dbias = torch.zeros_like(taps), torch.zeros_like(bias)
     for rows, start, length in _tiles(*x.shape):
-        y = _conv_tile(x, before, taps, bias, rows, start, length)
-        dy_tile = dy[rows, start : start + length].to(taps.dtype)
+        dy_tile = dy[rows, start : start + length]
+        y = torch.empty(dy_tile.shape, dtype=taps.dtype, device=x.device)
+        _conv_tile(y, x, before, taps, bias, rows, start, length)
         g = torch.ops.aten.silu_backward(dy_tile, y)
         dbias += g.sum((0, 1))
         for i in range(k):
@@ -620,7 +624,7 @@ def _conv_backward(
 
 @_conv.register_fake
 def _(x, before, taps, bias):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=taps.dtype, device=x.device)
 
 
 @_conv_backward.register_fake
@@ -635,12 +639,12 @@ _conv.register_autograd(
 )
 
 
-def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`causal_conv` for one step, (b, c) to the same shape and type; conv_state is updated in place."""
-    conv_state.copy_(torch.cat([conv_state[..., 1:], x[..., None]], dim=-1))
+def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`causal_conv` for one step: (b, c) to the same shape and type, and the new state."""
+    conv_state = torch.cat([conv_state[..., 1:], x[..., None].to(conv_state.dtype)], dim=-1)  # (b, c, k)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     y = (conv_state * weight[:, 0].to(dtype)).sum(-1)
-    return F.silu(y if bias is None else y + bias).to(x.dtype)
+    return F.silu(y if bias is None else y + bias).to(x.dtype), conv_state
 
 
 class MambaMixer(nn.Module):
@@ -695,7 +699,7 @@ class MambaMixer(nn.Module):
             states = self.new_states(x.shape[0])
         else:
             _check_states(states, self.state_shapes(x.shape[0]))
-        conv_state, ssm_state = states
+        conv_state, ssm_state = (state.clone() for state in states)  # the backward pass needs them as they are now
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
         u, conv_state = causal_conv(u, conv_state, self.conv1d.weight, self.conv1d.bias, lengths)
         dt, B, C = self._select(u)
@@ -720,17 +724,17 @@ class MambaMixer(nn.Module):
         dt = F.linear(dt, self.dt_proj.weight).to(dtype).add_(self.dt_proj.bias)
         return F.softplus(dt), B, C
 
-    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        """One token, (b, d_model) to the same shape; the states are updated in place."""
+    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token, (b, d_model) to the same shape, and the two new states."""
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e) each
-        u = conv_step(u, conv_state, self.conv1d.weight, self.conv1d.bias)
+        u, conv_state = conv_step(u, conv_state, self.conv1d.weight, self.conv1d.bias)
         dt, B, C = self._select(u)  # (b, e), (b, n), (b, n)
         A = -torch.exp(self.A_log.to(dt.dtype))
-        ssm_state *= torch.exp(dt[..., None] * A)
-        ssm_state += (dt * u)[..., None] * B[:, None]  # (b, e, n)
+        ssm_state = ssm_state * torch.exp(dt[..., None] * A)
+        ssm_state = ssm_state.addcmul_((dt * u)[..., None], B[:, None].to(dt.dtype))  # (b, e, n)
         y = (ssm_state @ C[..., None].to(dt.dtype)).squeeze(-1)  # (b, e)
         y = torch.addcmul(y, u, self.D) * F.silu(z)
-        return self.out_proj(y.to(x.dtype))
+        return self.out_proj(y.to(x.dtype)), conv_state, ssm_state
 
     def state_shapes(self, batch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of conv_state and ssm_state."""
@@ -771,9 +775,10 @@ class MambaBlock(nn.Module):
     def forward(self, x: Tensor, inference_params: Any = None, lengths: Tensor | None = None) -> Tensor:
         return x + self.mixer(self.norm(x), inference_params, lengths)
 
-    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        """One token, (b, d_model); the states are updated in place."""
-        return x + self.mixer.step(self.norm(x), conv_state, ssm_state)
+    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token, (b, d_model) to the same shape, and the two new states."""
+        y, conv_state, ssm_state = self.mixer.step(self.norm(x), conv_state, ssm_state)
+        return x + y, conv_state, ssm_state
 
 
 class MambaPreTrained(nn.Module):
@@ -801,7 +806,8 @@ class MambaPreTrained(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors (sharded above 5 GB) in transformers' format.
 
-        Each file is written beside its place and renamed, the config last; other files there, a tokenizer say, stay.
+        All files are written beside their places and then moved there: after an error the old ones are as they were.
+        Other files there, a tokenizer say, stay.
         """
         _save(self, Path(directory))
 
@@ -812,7 +818,8 @@ class MambaPreTrained(nn.Module):
     def reset_cache(self, inference_params: Any) -> None:
         """Forget everything: the next call starts a new sequence."""
         inference_params.key_value_memory_dict.clear()
-        inference_params.seqlen_offset = 0
+        if isinstance(inference_params, InferenceParams):
+            inference_params.seqlen_offset = 0
 
 
 class MambaEncoder(MambaPreTrained):
@@ -862,15 +869,15 @@ class MambaEncoder(MambaPreTrained):
         """One vector of each sequence, (b, d_model) to the same shape, after those that the states have seen."""
         states = inference_params.key_value_memory_dict
         if not states:
-            states.update({i: layer.mixer.new_states(x.shape[0]) for i, layer in enumerate(self.layers)})
+            states = {i: layer.mixer.new_states(x.shape[0]) for i, layer in enumerate(self.layers)}
         for i, layer in enumerate(self.layers):
             _check_states(states[i], layer.mixer.state_shapes(x.shape[0]))
-        x = self._residual(x)
+        x, new = self._residual(x), {}
         for i, layer in enumerate(self.layers):
-            x = layer.step(x, *states[i])
-        if isinstance(inference_params, InferenceParams):
-            inference_params.seqlen_offset += 1
-        return self.norm_f(x)
+            x, *new[i] = layer.step(x, *states[i])
+        x = self.norm_f(x)
+        _commit({i: tuple(pair) for i, pair in new.items()}, inference_params, 1)
+        return x
 
 
 def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
@@ -896,14 +903,12 @@ def _roll(x: Tensor, by: Tensor) -> Tensor:
 
 
 def _commit(new: dict[int, tuple[Tensor, Tensor]], inference_params: Any, n_tokens: int) -> None:
-    """Write the new states over the old ones, in place where a layer had states before."""
+    """Write the new states of all layers over the old ones, in place."""
     old = inference_params.key_value_memory_dict
     for layer_idx, states in new.items():
-        if layer_idx in old:
-            for target, state in zip(old[layer_idx], states, strict=True):
+        for target, state in zip(old.setdefault(layer_idx, states), states, strict=True):
+            if target is not state:
                 target.copy_(state)
-        else:
-            old[layer_idx] = states
     if isinstance(inference_params, InferenceParams):
         inference_params.seqlen_offset += n_tokens
 
@@ -919,20 +924,26 @@ class MambaModel(MambaEncoder):
     def forward(
         self, input_ids: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None
     ) -> Tensor:
-        x = input_ids if input_ids.is_floating_point() else self.embed(input_ids)
-        return super().forward(x, inference_params, attention_mask=attention_mask)
+        return super().forward(self.embed(input_ids), inference_params, attention_mask=attention_mask)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Ids (b, l) to vectors (b, l, d_model). Raises ValueError for ids of another shape, type or range."""
+    def embed(self, input_ids: Tensor, name: str = "input_ids") -> Tensor:
+        """Ids (b, l) to vectors (b, l, d_model), which are let through. Raises ValueError for any other input."""
+        if input_ids.is_floating_point() and input_ids.ndim == 3 and input_ids.shape[-1] == self.config.d_model:
+            return input_ids
         if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.ndim != 2:
             allowed = f"int64 of shape (b, l), or floating point of shape (b, l, d_model = {self.config.d_model})"
-            raise ValueError(f"input_ids must be {allowed}, got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
-        rows = self.embeddings.num_embeddings
-        if not torch.compiler.is_compiling() and input_ids.numel():
-            low, high = torch.aminmax(input_ids)
-            if low < 0 or high >= rows:
-                raise ValueError(f"input_ids must be in [0, {rows}), got {(low if low < 0 else high).item()}")
+            raise ValueError(f"{name} must be {allowed}, got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
+        _check_ids(name, input_ids, self.embeddings.num_embeddings)
         return self.embeddings(input_ids)
+
+
+def _check_ids(name: str, ids: Tensor, size: int) -> None:
+    """Raise ValueError unless all ids are in [0, size); not in compiled code, where values are out of reach."""
+    if torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = (bound.item() for bound in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must be in [0, {size}), got {low if low < 0 else high}")
 
 
 class MambaForCausalLM(MambaPreTrained):
@@ -966,9 +977,11 @@ class MambaForCausalLM(MambaPreTrained):
         attention_mask: (b, l) of 0 and 1; padding on the left or on the right.
         num_last_tokens: k > 0 gives the logits of the last k positions alone.
         """
-        if labels is not None and (labels.shape != input_ids.shape[:2] or num_last_tokens):
-            allowed = f"of shape {tuple(input_ids.shape[:2])}, without num_last_tokens"
-            raise ValueError(f"labels must be {allowed}, got {tuple(labels.shape)} and {num_last_tokens}")
+        if labels is not None:
+            if labels.shape != input_ids.shape[:2] or labels.dtype != torch.int64 or num_last_tokens:
+                allowed = f"int64 of shape {tuple(input_ids.shape[:2])}, without num_last_tokens"
+                raise ValueError(f"labels must be {allowed}, got {labels.dtype} of shape {tuple(labels.shape)}")
+            _check_ids("labels", labels.masked_fill(labels == -100, 0), self.lm_head.out_features)
         if num_last_tokens < 0:
             raise ValueError(f"num_last_tokens must be 0 (all) or positive, got {num_last_tokens}")
         hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
@@ -985,9 +998,12 @@ class MambaForCausalLM(MambaPreTrained):
     @torch.no_grad()
     def step(self, token_ids: Tensor, inference_params: Any) -> Tensor:
         """Logits (b, padded_vocab_size) after one more token (b,): time and memory don't depend on what came before."""
-        if token_ids.ndim != 1:
-            raise ValueError(f"token_ids must have shape (b,), got {tuple(token_ids.shape)}")
-        return self._logits(self.backbone.step(self.backbone.embed(token_ids[:, None])[:, 0], inference_params))
+        if token_ids.ndim != 1 or token_ids.is_floating_point():
+            raise ValueError(
+                f"token_ids must be int64 of shape (b,), got {token_ids.dtype} of {tuple(token_ids.shape)}"
+            )
+        vectors = self.backbone.embed(token_ids[:, None], "token_ids")[:, 0]
+        return self._logits(self.backbone.step(vectors, inference_params))
 
     @torch.no_grad()
     def generate(
@@ -1051,7 +1067,7 @@ WEIGHT_FILES = (
 
 
 def _checkpoint_file(name: str | os.PathLike, filename: str) -> Path | None:
-    """The path of a checkpoint's file, fetched from the hub unless `name` is a directory; None if it has no such file."""
+    """The path of a checkpoint's file, fetched from the hub unless `name` is a directory; None if there is none."""
     if Path(name).is_dir():
         path = Path(name) / filename
         return path if path.exists() else None
@@ -1149,19 +1165,33 @@ def _save(model: MambaPreTrained, directory: Path) -> None:
     config = model.config
     stored = {"architectures": [type(model).__name__], **config.to_checkpoint()}
     stored["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    text = json.dumps(stored, indent=2) + "\n"
     tensors = model.state_dict()
     if config.tie_embeddings:
         tensors.pop("lm_head.weight", None)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
-        save_torch_state_dict(tensors, beside, metadata={"format": "pt"})
-        written = sorted(path.name for path in Path(beside).iterdir())
-        for filename in written:
-            os.replace(Path(beside) / filename, directory / filename)
-    for path in [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model*.bin*")]:
-        if path.name not in written:
-            path.unlink()  # weights of an earlier save
-    _write_text(directory / "config.json", json.dumps(stored, indent=2) + "\n")
+        new, old = Path(beside, "new"), Path(beside, "old")
+        new.mkdir(), old.mkdir()
+        save_torch_state_dict(tensors, new, metadata={"format": "pt"})
+        (new / "config.json").write_text(text)
+        _swap(directory, new, old)
+
+
+def _swap(directory: Path, new: Path, old: Path) -> None:
+    """Move a directory's checkpoint to `old` and the one in `new` to its place; after an error all is as it was."""
+    patterns = ("config.json", "model*.safetensors*", "pytorch_model*.bin*")
+    outdated = [path.name for pattern in patterns for path in directory.glob(pattern)]
+    moved = []
+    try:
+        for source, target, names in ((directory, old, outdated), (new, directory, os.listdir(new))):
+            for name in names:
+                os.replace(source / name, target / name)
+                moved.append((source / name, target / name))
+    except BaseException:
+        for source, target in reversed(moved):
+            os.rename(target, source)
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1213,6 +1243,11 @@ def _tokens(
     attention_mask: Tensor | None,
     use_cache: bool,
 ) -> Iterator[Tensor]:
+    if attention_mask is not None and not use_cache:  # tokens can be appended to prompts that end with a real one
+        left, lengths = _padding(attention_mask, input_ids.shape)
+        if left is not None:
+            right = input_ids.shape[1] - left - lengths
+            input_ids, attention_mask = (_roll(v[..., None], -right)[..., 0] for v in (input_ids, attention_mask))
     cache, token = InferenceParams(), None
     finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     for _ in range(max_new_tokens):
@@ -1237,7 +1272,7 @@ def _tokens(
 def _read_prompt(model: MambaForCausalLM, ids: Tensor, cache: InferenceParams, mask: Tensor | None) -> Tensor:
     """Logits (b, padded_vocab_size) after each row's last real token; a long prompt is read piece by piece."""
     b, l = ids.shape
-    size = max(1, PROMPT_SEGMENT // b)
+    size = max(1, PROMPT_SEGMENT // max(1, b))
     for start in range(0, l, size):
         piece = None if mask is None else mask[:, start : start + size]
         hidden = model.backbone(ids[:, start : start + size], cache, attention_mask=piece)

@@ -1,10 +1,10 @@
 """Mamba-2 in one file: structured state space duality (SSD), its language model, and constant-time generation.
 
-Tri Dao and Albert Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space
-Duality" (2024), arXiv:2405.21060; "the paper" below. Mamba-2 lets one number per head and step decay the whole state, where
-Mamba has one per channel and state entry. The sequence map then is a masked attention as well, and splits into matrix
-products: within chunks of the sequence the attention form, across chunks the recurrence. Heads are wide and states are
-large; generation still keeps only the state and the last few inputs, however long the text has become.
+Tri Dao and Albert Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State
+Space Duality" (2024), arXiv:2405.21060; "the paper" below. In Mamba-2 one number per head and step decays the whole
+state, where Mamba has one per channel and state entry. The sequence map then is a masked attention as well, and splits
+into matrix products: within chunks of the sequence the attention form, across chunks the recurrence. Heads are wide and
+states are large; generation keeps only the state and the last few inputs, however long the text is.
 
 Copy this file into your project; it needs torch and einops (and transformers to load or save checkpoints):
 
@@ -373,7 +373,9 @@ def ssd_quadratic(
 
     Arguments and results are those of `ssd`, which computes the same numbers in linear time.
     """
-    h, g = x.shape[2], B.shape[2]
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    if l == 0:
+        return torch.zeros_like(x), x.new_zeros(b, h, p, n) if initial_state is None else initial_state
     B, C = (rearrange(v.repeat_interleave(h // g, dim=2), "b l h n -> b h l n") for v in (B, C))
     a = rearrange(dt * A, "b l h -> b h l")
     L = decay_matrix(a)  # (b, h, l, l)
@@ -407,44 +409,55 @@ def ssd(
     (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n), zero when None. chunk_size changes the work,
     not the result. Returns y (b, l, h, p) and the final state (b, h, p, n). Differentiable once, in every argument.
     """
-    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    dtype = dt.dtype
-    if initial_state is None:
-        initial_state = dt.new_zeros(b, h, p, n)
+    (b, l, h, p), n, dtype = x.shape, B.shape[-1], dt.dtype
+    state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dtype)
     if l == 0:
-        return x.to(dtype), initial_state.to(dtype)
-    x, B, C = (v.to(dtype) for v in (x, B, C))
+        return x.to(dtype), state
     q = min(chunk_size, l)
-    if l % q:  # dt = 0 leaves the state alone
-        x, B, C = (F.pad(v, (0, 0, 0, 0, 0, -l % q)) for v in (x, B, C))
-        dt = F.pad(dt, (0, 0, 0, -l % q))
-    x = rearrange(x, "b (c q) (g h) p -> b c q g h p", q=q, g=g)
-    dt = rearrange(dt, "b (c q) h -> b c h q", q=q)
+    segment = q * max(1, _SEGMENT_ELEMENTS // max(1, b * q * h * p))
+    whole, rest = l - l % q, l % q  # a last chunk that is shorter comes on its own
+    lengths = [min(segment, whole - start) for start in range(0, whole, segment)] + [rest] * (rest > 0)
+    ys = []
+    for piece in zip(*(v.split(lengths, dim=1) for v in (x, dt, B, C)), strict=True):
+        x_i, dt_i, B_i, C_i = (v.to(dtype) for v in piece)
+        y, state = _ssd_chunks(x_i, dt_i, A.to(dtype), B_i, C_i, state, min(q, x_i.shape[1]))
+        ys.append(y)
+    return torch.cat(ys, dim=1), state
+
+
+_SEGMENT_ELEMENTS = 2**20  # of x in the chunks that are worked on at once: their tensors stay in a CPU's cache
+
+
+def _ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, q: int) -> tuple[Tensor, Tensor]:
+    """`ssd` for a whole number of chunks of q steps, in one piece."""
+    g, p = B.shape[2], x.shape[-1]
+    x = rearrange(x, "b (c q) h p -> b c q h p", q=q)
+    dt = rearrange(dt, "b (c q) h -> b c h q", q=q).contiguous()
     B, C = (rearrange(v, "b (c q) g n -> b c g q n", q=q) for v in (B, C))
-    a = dt * A.to(dtype)[:, None]  # (b, c, h, q)
+    a = dt * A[:, None]  # (b, c, h, q)
     L = decay_matrix(a)  # (b, c, h, q, q)
 
     # 1. The output of each chunk from its own inputs: attention with the mask L (diagonal blocks).
-    scores = rearrange(C @ B.mT, "b c g i j -> b c g 1 i j") * rearrange(L, "b c (g h) i j -> b c g h i j", g=g)
-    scores = scores * rearrange(dt, "b c (g h) j -> b c g h 1 j", g=g)
-    y = scores @ rearrange(x, "b c q g h p -> b c g h q p")
+    to_end = rearrange(L[..., -1, :] * dt, "b c h q -> b c q h 1")
+    scores = (C @ B.mT)[:, :, :, None] * L.unflatten(2, (g, -1))  # (b, c, g, h / g, q, q)
+    scores = scores.flatten(2, 3) * dt[..., None, :]  # (b, c, h, q, q)
+    y = scores @ x.transpose(2, 3)  # (b, c, h, q, p)
 
     # 2. The state that each chunk's own inputs leave at its end.
-    to_end = rearrange(L[..., -1, :] * dt, "b c (g h) q -> b c q g h 1", g=g)
-    states = B.mT @ rearrange(x * to_end, "b c q g h p -> b c g q (h p)")  # (b, c, g, n, (h p))
+    own = rearrange(x * to_end, "b c q (g h) p -> b c g q (h p)", g=g)
+    own = B.mT @ own  # (b, c, g, n, (h p))
 
     # 3. The state at the start of each chunk: a recurrence across chunks.
-    decay = rearrange(a.sum(-1).exp(), "b c (g h) -> b c g 1 h 1", g=g).expand(-1, -1, -1, -1, -1, p).flatten(-2)
-    initial = rearrange(initial_state.to(dtype), "b (g h) p n -> b g n (h p)", g=g)
-    entering, final = _pass_states(states, decay, initial)
+    decay = a.sum(-1).exp().repeat_interleave(p, dim=-1).unflatten(-1, (g, 1, -1))  # (b, c, g, 1, (h p))
+    state = rearrange(state, "b (g h) p n -> b g n (h p)", g=g)
+    states = _pass_states(own, decay, state)  # (b, c + 1, g, n, (h p))
+    entering, state = states.split([states.shape[1] - 1, 1], dim=1)
 
     # 4. The output from the state at the start of the chunk (off-diagonal blocks).
-    from_start = rearrange(a.cumsum(-1).exp(), "b c (g h) q -> b c q g h 1", g=g)
-    carried = rearrange(C @ entering, "b c g q (h p) -> b c q g h p", p=p)
-    y = torch.addcmul(rearrange(y, "b c g h q p -> b c q g h p"), carried, from_start)
-
-    y = rearrange(y, "b c q g h p -> b (c q) (g h) p")[:, :l]
-    return y, rearrange(final, "b g n (h p) -> b (g h) p n", p=p).contiguous()
+    from_start = rearrange(a.cumsum(-1).exp(), "b c h q -> b c q h 1")
+    carried = rearrange(C @ entering, "b c g q (h p) -> b c q (g h) p", p=p)
+    y = torch.addcmul(y.transpose(2, 3), carried, from_start)
+    return y.flatten(1, 2), rearrange(state, "b 1 g n (h p) -> b (g h) p n", p=p)
 
 
 def decay_matrix(a: Tensor) -> Tensor:
@@ -462,8 +475,12 @@ def _decay_matrix(a: Tensor) -> Tensor:
     L = a.new_zeros(*a.shape, q)
     rows, factors = L.unbind(-2), a.exp()[..., None].unbind(-2)
     L.diagonal(dim1=-2, dim2=-1).fill_(1)
+    negligible = (
+        torch.finfo(a.dtype).tiny ** 0.75
+    )  # 2e-29 in float32: CPUs are slow where factors leave the normal range
     for i in range(1, q):
         torch.mul(rows[i - 1][..., :i], factors[i], out=rows[i][..., :i])
+        F.threshold_(rows[i][..., :i], negligible, 0)
     return L
 
 
@@ -480,30 +497,29 @@ def _decay_matrix_backward(dL: Tensor, L: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::pass_states", mutates_args=())
-def _pass_states(states: Tensor, decay: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
-    """The state entering each chunk, and the last one's: s[c+1] = decay[c] * s[c] + states[c], linear in c.
+def _pass_states(own: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
+    """The state at the start of each chunk and at the end: s[0] = initial, s[c+1] = decay[c] * s[c] + own[c].
 
-    states: (b, c, g, n, e); decay: (b, c, g, 1, e); initial and final: (b, g, n, e).
+    own: (b, c, g, n, e); decay: (b, c, g, 1, e); initial: (b, g, n, e); result: (b, c + 1, g, n, e).
     """
-    entering = torch.empty_like(states)
-    state = initial.contiguous()
-    for enter, own, factor in zip(entering.unbind(1), states.unbind(1), decay.unbind(1), strict=True):
-        enter.copy_(state)
-        state = torch.addcmul(own, factor, enter)
-    return entering, state.clone()
+    b, c, *shape = own.shape
+    states = own.new_empty(b, c + 1, *shape)
+    states[:, 0] = initial
+    for i in range(c):
+        torch.addcmul(own[:, i], decay[:, i], states[:, i], out=states[:, i + 1])
+    return states
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::pass_states_backward", mutates_args=())
-def _pass_states_backward(
-    dentering: Tensor, dfinal: Tensor, decay: Tensor, entering: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    dstates, ddecay = torch.empty_like(entering), torch.empty_like(decay)
-    dstate = dfinal
-    for c in range(entering.shape[1] - 1, -1, -1):
-        dstates[:, c] = dstate
-        torch.sum(dstate * entering[:, c], dim=-2, keepdim=True, out=ddecay[:, c])
-        dstate = torch.addcmul(dentering[:, c], decay[:, c], dstate)
-    return dstates, ddecay, dstate.clone()
+def _pass_states_backward(dstates: Tensor, decay: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    c = decay.shape[1]
+    down, ddecay = torch.empty_like(states[:, 1:]), torch.empty_like(decay)
+    down[:, c - 1] = dstates[:, c]
+    for i in range(c - 1, -1, -1):
+        torch.sum(down[:, i] * states[:, i], dim=-2, keepdim=True, out=ddecay[:, i])
+        before = down[:, i - 1] if i else torch.empty_like(dstates[:, 0])
+        torch.addcmul(dstates[:, i], decay[:, i], down[:, i], out=before)
+    return down, ddecay, before
 
 
 @_decay_matrix.register_fake
@@ -517,13 +533,14 @@ def _(dL, L):
 
 
 @_pass_states.register_fake
-def _(states, decay, initial):
-    return torch.empty_like(states), torch.empty_like(initial)
+def _(own, decay, initial):
+    b, c, *shape = own.shape
+    return own.new_empty(b, c + 1, *shape)
 
 
 @_pass_states_backward.register_fake
-def _(dentering, dfinal, decay, entering):
-    return torch.empty_like(entering), torch.empty_like(decay), torch.empty_like(dfinal)
+def _(dstates, decay, states):
+    return torch.empty_like(states[:, 1:]), torch.empty_like(decay), torch.empty_like(states[:, 0])
 
 
 _decay_matrix.register_autograd(
@@ -531,8 +548,8 @@ _decay_matrix.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
 )
 _pass_states.register_autograd(
-    lambda ctx, dentering, dfinal: _pass_states_backward(dentering, dfinal, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1], output[0]),
+    lambda ctx, dstates: _pass_states_backward(dstates, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1], output),
 )
 
 
@@ -551,14 +568,14 @@ def causal_conv(
     """
     l, k = x.shape[1], weight.shape[-1]
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    taps = weight[:, 0].t().to(dtype)  # (k, c)
+    taps = weight[:, 0].t().to(dtype).contiguous()  # (k, c)
     y = _conv(x, conv_state.mT.to(x.dtype), taps, torch.zeros_like(taps[0]) if bias is None else bias.to(dtype))
     if lengths is None:
         newest = torch.cat([conv_state.mT[:, min(l, k) :], x[:, max(l - k, 0) :]], dim=1)  # (b, k, c)
     else:
         index = lengths[:, None] + torch.arange(k, device=x.device)
         newest = torch.cat([conv_state.mT, x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-    return y, newest.detach().mT.to(weight.dtype, copy=True)
+    return y.to(x.dtype), newest.detach().mT.to(weight.dtype, copy=True)
 
 
 _CONV_ELEMENTS = 2**18  # of a tile
@@ -571,24 +588,27 @@ def _tiles(b: int, l: int, c: int) -> list[tuple[slice, int, int]]:
     return [(slice(r, r + rows), s, min(length, l - s)) for r in range(0, b, rows) for s in range(0, l, length)]
 
 
-def _conv_tile(x: Tensor, before: Tensor, taps: Tensor, bias: Tensor, rows: slice, start: int, length: int) -> Tensor:
-    """bias + sum over i of taps[k-1-i] * x[t-i], as k shifted multiply-adds: faster on (b, l, c) than nn.Conv1d."""
+def _conv_tile(
+    y: Tensor, x: Tensor, before: Tensor, taps: Tensor, bias: Tensor, rows: slice, start: int, length: int
+) -> None:
+    """y = bias + sum over i of taps[k-1-i] * x[t-i], as k shifted multiply-adds: faster on (b, l, c) than nn.Conv1d."""
     k = taps.shape[0]
-    y = torch.addcmul(bias, x[rows, start : start + length], taps[-1])
+    torch.addcmul(bias, x[rows, start : start + length], taps[-1], out=y)
     for i in range(1, k):
         first = min(max(i - start, 0), length)  # the steps before it look at `before`
         y[:, first:].addcmul_(x[rows, start + first - i : start + length - i], taps[-1 - i])
         if first:
             y[:, :first].addcmul_(before[rows, k - i + start : k - i + start + first], taps[-1 - i])
-    return y
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::causal_conv", mutates_args=())
 def _conv(x: Tensor, before: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    """x: (b, l, c); before: (b, k, c), the inputs before x; taps: (k, c); bias: (c,); result: (b, l, c), of x's type."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    """x: (b, l, c); before: (b, k, c), the inputs before x; taps: (k, c); bias: (c,); result: (b, l, c), as taps."""
+    y = torch.empty(x.shape, dtype=taps.dtype, device=x.device)
     for rows, start, length in _tiles(*x.shape):
-        y[rows, start : start + length] = F.silu(_conv_tile(x, before, taps, bias, rows, start, length), inplace=True)
+        y_tile = y[rows, start : start + length]
+        _conv_tile(y_tile, x, before, taps, bias, rows, start, length)
+        F.silu(y_tile, inplace=True)
     return y
 
 
@@ -597,12 +617,13 @@ def _conv_backward(
     dy: Tensor, x: Tensor, before: Tensor, taps: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, before, taps and bias; what SiLU was applied to is computed again, tile by tile."""
-    l, k = x.shape[1], taps.shape[0]
+    k = taps.shape[0]
     dx, dbefore = torch.zeros(x.shape, dtype=taps.dtype, device=x.device), torch.zeros_like(before, dtype=taps.dtype)
     dtaps, dbias = torch.zeros_like(taps), torch.zeros_like(bias)
     for rows, start, length in _tiles(*x.shape):
-        y = _conv_tile(x, before, taps, bias, rows, start, length)
-        dy_tile = dy[rows, start : start + length].to(taps.dtype)
+        dy_tile = dy[rows, start : start + length]
+        y = torch.empty(dy_tile.shape, dtype=taps.dtype, device=x.device)
+        _conv_tile(y, x, before, taps, bias, rows, start, length)
         g = torch.ops.aten.silu_backward(dy_tile, y)
         dbias += g.sum((0, 1))
         for i in range(k):
@@ -619,7 +640,7 @@ def _conv_backward(
 
 @_conv.register_fake
 def _(x, before, taps, bias):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=taps.dtype, device=x.device)
 
 
 @_conv_backward.register_fake
@@ -634,16 +655,16 @@ _conv.register_autograd(
 )
 
 
-def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`causal_conv` for one step, (b, c) to the same shape and type; conv_state is updated in place."""
-    conv_state.copy_(torch.cat([conv_state[..., 1:], x[..., None]], dim=-1))
+def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`causal_conv` for one step: (b, c) to the same shape and type, and the new state."""
+    conv_state = torch.cat([conv_state[..., 1:], x[..., None].to(conv_state.dtype)], dim=-1)  # (b, c, k)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     y = (conv_state * weight[:, 0].to(dtype)).sum(-1)
-    return F.silu(y if bias is None else y + bias).to(x.dtype)
+    return F.silu(y if bias is None else y + bias).to(x.dtype), conv_state
 
 
 class Mamba2Mixer(nn.Module):
-    """The Mamba-2 layer, (b, l, d_model) to the same shape: one projection, convolution, SSD, gated norm (section 7)."""
+    """The Mamba-2 layer, (b, l, d_model) to the same shape: projection, convolution, SSD, gated norm (section 7)."""
 
     def __init__(self, config: Mamba2Config, layer_idx: int = 0) -> None:
         super().__init__()
@@ -689,7 +710,7 @@ class Mamba2Mixer(nn.Module):
             states = self.new_states(x.shape[0])
         else:
             _check_states(states, self.state_shapes(x.shape[0]))
-        conv_state, ssm_state = states
+        conv_state, ssm_state = (state.clone() for state in states)  # the backward pass needs them as they are now
         z, xBC, dt = self.in_proj(x).split(self.sizes, dim=-1)
         xBC, conv_state = causal_conv(xBC, conv_state, self.conv1d.weight, self.conv1d.bias, lengths)
         u, B, C = self._heads(xBC)
@@ -699,7 +720,7 @@ class Mamba2Mixer(nn.Module):
             dt = dt.masked_fill(padding[..., None], 0)  # dt = 0 leaves the state alone
         A = -torch.exp(self.A_log.to(dt.dtype))
         y, ssm_state = ssd(u, dt, A, B, C, ssm_state, self.config.chunk_size)
-        y = torch.addcmul(y, u, self.D[:, None])  # (b, l, h, p)
+        y.addcmul_(u, self.D[:, None])  # (b, l, h, p)
         if inference_params is not None:
             inference_params.key_value_memory_dict[self.layer_idx] = (conv_state, ssm_state.detach())
         return self.out_proj(self.norm(y.flatten(-2), z))
@@ -715,20 +736,20 @@ class Mamba2Mixer(nn.Module):
         dtype = torch.promote_types(self.A_log.dtype, torch.float32)
         return F.softplus(dt.to(dtype) + self.dt_bias).clamp(*self.config.dt_limit)
 
-    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        """One token, (b, d_model) to the same shape; the states are updated in place."""
+    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token, (b, d_model) to the same shape, and the two new states."""
         z, xBC, dt = self.in_proj(x).split(self.sizes, dim=-1)
-        xBC = conv_step(xBC, conv_state, self.conv1d.weight, self.conv1d.bias)
+        xBC, conv_state = conv_step(xBC, conv_state, self.conv1d.weight, self.conv1d.bias)
         u, B, C = self._heads(xBC)  # (b, h, p), (b, g, n), (b, g, n)
         dt = self._step_sizes(dt)  # (b, h)
         A = -torch.exp(self.A_log.to(dt.dtype))
-        ssm_state *= torch.exp(dt * A)[..., None, None]
+        ssm_state = ssm_state * torch.exp(dt * A)[..., None, None]
         groups = ssm_state.unflatten(1, (self.config.ngroups, -1))  # (b, g, h / g, p, n)
         dtu = (dt[..., None] * u).unflatten(1, (self.config.ngroups, -1))  # (b, g, h / g, p)
         groups.addcmul_(dtu[..., None], B[:, :, None, None].to(dt.dtype))
         y = groups.flatten(2, 3) @ C[..., None].to(dt.dtype)  # (b, g, (h / g) p, 1)
         y = torch.addcmul(y.view_as(u), u, self.D[:, None])
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
 
     def state_shapes(self, batch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of conv_state and ssm_state."""
@@ -753,8 +774,9 @@ class GatedRMSNorm(nn.Module):
         self.ngroups, self.eps = ngroups, eps
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        y = (y * F.silu(z.to(y.dtype))).unflatten(-1, (self.ngroups, -1))
-        y = F.rms_norm(y, y.shape[-1:], eps=self.eps).flatten(-2)
+        gate = F.silu(z.to(y.dtype))
+        y = y * gate if torch.is_grad_enabled() else y.mul_(gate)
+        y = F.rms_norm(y.unflatten(-1, (self.ngroups, -1)), (y.shape[-1] // self.ngroups,), eps=self.eps).flatten(-2)
         return (y * self.weight).to(self.weight.dtype)
 
 
@@ -784,9 +806,10 @@ class Mamba2Block(nn.Module):
     def forward(self, x: Tensor, inference_params: Any = None, lengths: Tensor | None = None) -> Tensor:
         return x + self.mixer(self.norm(x), inference_params, lengths)
 
-    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        """One token, (b, d_model); the states are updated in place."""
-        return x + self.mixer.step(self.norm(x), conv_state, ssm_state)
+    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token, (b, d_model) to the same shape, and the two new states."""
+        y, conv_state, ssm_state = self.mixer.step(self.norm(x), conv_state, ssm_state)
+        return x + y, conv_state, ssm_state
 
 
 class Mamba2PreTrained(nn.Module):
@@ -814,7 +837,8 @@ class Mamba2PreTrained(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors (sharded above 5 GB) in transformers' format.
 
-        Each file is written beside its place and renamed, the config last; other files there, a tokenizer say, stay.
+        All files are written beside their places and then moved there: after an error the old ones are as they were.
+        Other files there, a tokenizer say, stay.
         """
         _save(self, Path(directory))
 
@@ -825,7 +849,8 @@ class Mamba2PreTrained(nn.Module):
     def reset_cache(self, inference_params: Any) -> None:
         """Forget everything: the next call starts a new sequence."""
         inference_params.key_value_memory_dict.clear()
-        inference_params.seqlen_offset = 0
+        if isinstance(inference_params, InferenceParams):
+            inference_params.seqlen_offset = 0
 
 
 class Mamba2Encoder(Mamba2PreTrained):
@@ -875,15 +900,15 @@ class Mamba2Encoder(Mamba2PreTrained):
         """One vector of each sequence, (b, d_model) to the same shape, after those that the states have seen."""
         states = inference_params.key_value_memory_dict
         if not states:
-            states.update({i: layer.mixer.new_states(x.shape[0]) for i, layer in enumerate(self.layers)})
+            states = {i: layer.mixer.new_states(x.shape[0]) for i, layer in enumerate(self.layers)}
         for i, layer in enumerate(self.layers):
             _check_states(states[i], layer.mixer.state_shapes(x.shape[0]))
-        x = self._residual(x)
+        x, new = self._residual(x), {}
         for i, layer in enumerate(self.layers):
-            x = layer.step(x, *states[i])
-        if isinstance(inference_params, InferenceParams):
-            inference_params.seqlen_offset += 1
-        return self.norm_f(x)
+            x, *new[i] = layer.step(x, *states[i])
+        x = self.norm_f(x)
+        _commit({i: tuple(pair) for i, pair in new.items()}, inference_params, 1)
+        return x
 
 
 def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
@@ -909,14 +934,12 @@ def _roll(x: Tensor, by: Tensor) -> Tensor:
 
 
 def _commit(new: dict[int, tuple[Tensor, Tensor]], inference_params: Any, n_tokens: int) -> None:
-    """Write the new states over the old ones, in place where a layer had states before."""
+    """Write the new states of all layers over the old ones, in place."""
     old = inference_params.key_value_memory_dict
     for layer_idx, states in new.items():
-        if layer_idx in old:
-            for target, state in zip(old[layer_idx], states, strict=True):
+        for target, state in zip(old.setdefault(layer_idx, states), states, strict=True):
+            if target is not state:
                 target.copy_(state)
-        else:
-            old[layer_idx] = states
     if isinstance(inference_params, InferenceParams):
         inference_params.seqlen_offset += n_tokens
 
@@ -932,20 +955,26 @@ class Mamba2Model(Mamba2Encoder):
     def forward(
         self, input_ids: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None
     ) -> Tensor:
-        x = input_ids if input_ids.is_floating_point() else self.embed(input_ids)
-        return super().forward(x, inference_params, attention_mask=attention_mask)
+        return super().forward(self.embed(input_ids), inference_params, attention_mask=attention_mask)
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Ids (b, l) to vectors (b, l, d_model). Raises ValueError for ids of another shape, type or range."""
+    def embed(self, input_ids: Tensor, name: str = "input_ids") -> Tensor:
+        """Ids (b, l) to vectors (b, l, d_model), which are let through. Raises ValueError for any other input."""
+        if input_ids.is_floating_point() and input_ids.ndim == 3 and input_ids.shape[-1] == self.config.d_model:
+            return input_ids
         if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.ndim != 2:
             allowed = f"int64 of shape (b, l), or floating point of shape (b, l, d_model = {self.config.d_model})"
-            raise ValueError(f"input_ids must be {allowed}, got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
-        rows = self.embeddings.num_embeddings
-        if not torch.compiler.is_compiling() and input_ids.numel():
-            low, high = torch.aminmax(input_ids)
-            if low < 0 or high >= rows:
-                raise ValueError(f"input_ids must be in [0, {rows}), got {(low if low < 0 else high).item()}")
+            raise ValueError(f"{name} must be {allowed}, got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
+        _check_ids(name, input_ids, self.embeddings.num_embeddings)
         return self.embeddings(input_ids)
+
+
+def _check_ids(name: str, ids: Tensor, size: int) -> None:
+    """Raise ValueError unless all ids are in [0, size); not in compiled code, where values are out of reach."""
+    if torch.compiler.is_compiling() or not ids.numel():
+        return
+    low, high = (bound.item() for bound in torch.aminmax(ids))
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must be in [0, {size}), got {low if low < 0 else high}")
 
 
 class Mamba2ForCausalLM(Mamba2PreTrained):
@@ -979,9 +1008,11 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         attention_mask: (b, l) of 0 and 1; padding on the left or on the right.
         num_last_tokens: k > 0 gives the logits of the last k positions alone.
         """
-        if labels is not None and (labels.shape != input_ids.shape[:2] or num_last_tokens):
-            allowed = f"of shape {tuple(input_ids.shape[:2])}, without num_last_tokens"
-            raise ValueError(f"labels must be {allowed}, got {tuple(labels.shape)} and {num_last_tokens}")
+        if labels is not None:
+            if labels.shape != input_ids.shape[:2] or labels.dtype != torch.int64 or num_last_tokens:
+                allowed = f"int64 of shape {tuple(input_ids.shape[:2])}, without num_last_tokens"
+                raise ValueError(f"labels must be {allowed}, got {labels.dtype} of shape {tuple(labels.shape)}")
+            _check_ids("labels", labels.masked_fill(labels == -100, 0), self.lm_head.out_features)
         if num_last_tokens < 0:
             raise ValueError(f"num_last_tokens must be 0 (all) or positive, got {num_last_tokens}")
         hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
@@ -998,9 +1029,12 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
     @torch.no_grad()
     def step(self, token_ids: Tensor, inference_params: Any) -> Tensor:
         """Logits (b, padded_vocab_size) after one more token (b,): time and memory don't depend on what came before."""
-        if token_ids.ndim != 1:
-            raise ValueError(f"token_ids must have shape (b,), got {tuple(token_ids.shape)}")
-        return self._logits(self.backbone.step(self.backbone.embed(token_ids[:, None])[:, 0], inference_params))
+        if token_ids.ndim != 1 or token_ids.is_floating_point():
+            raise ValueError(
+                f"token_ids must be int64 of shape (b,), got {token_ids.dtype} of {tuple(token_ids.shape)}"
+            )
+        vectors = self.backbone.embed(token_ids[:, None], "token_ids")[:, 0]
+        return self._logits(self.backbone.step(vectors, inference_params))
 
     @torch.no_grad()
     def generate(
@@ -1062,7 +1096,7 @@ WEIGHT_FILES = (
 
 
 def _checkpoint_file(name: str | os.PathLike, filename: str) -> Path | None:
-    """The path of a checkpoint's file, fetched from the hub unless `name` is a directory; None if it has no such file."""
+    """The path of a checkpoint's file, fetched from the hub unless `name` is a directory; None if there is none."""
     if Path(name).is_dir():
         path = Path(name) / filename
         return path if path.exists() else None
@@ -1160,19 +1194,33 @@ def _save(model: Mamba2PreTrained, directory: Path) -> None:
     config = model.config
     stored = {"architectures": [type(model).__name__], **config.to_checkpoint()}
     stored["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    text = json.dumps(stored, indent=2) + "\n"
     tensors = model.state_dict()
     if config.tie_embeddings:
         tensors.pop("lm_head.weight", None)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
-        save_torch_state_dict(tensors, beside, metadata={"format": "pt"})
-        written = sorted(path.name for path in Path(beside).iterdir())
-        for filename in written:
-            os.replace(Path(beside) / filename, directory / filename)
-    for path in [*directory.glob("model*.safetensors*"), *directory.glob("pytorch_model*.bin*")]:
-        if path.name not in written:
-            path.unlink()  # weights of an earlier save
-    _write_text(directory / "config.json", json.dumps(stored, indent=2) + "\n")
+        new, old = Path(beside, "new"), Path(beside, "old")
+        new.mkdir(), old.mkdir()
+        save_torch_state_dict(tensors, new, metadata={"format": "pt"})
+        (new / "config.json").write_text(text)
+        _swap(directory, new, old)
+
+
+def _swap(directory: Path, new: Path, old: Path) -> None:
+    """Move a directory's checkpoint to `old` and the one in `new` to its place; after an error all is as it was."""
+    patterns = ("config.json", "model*.safetensors*", "pytorch_model*.bin*")
+    outdated = [path.name for pattern in patterns for path in directory.glob(pattern)]
+    moved = []
+    try:
+        for source, target, names in ((directory, old, outdated), (new, directory, os.listdir(new))):
+            for name in names:
+                os.replace(source / name, target / name)
+                moved.append((source / name, target / name))
+    except BaseException:
+        for source, target in reversed(moved):
+            os.rename(target, source)
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1224,6 +1272,11 @@ def _tokens(
     attention_mask: Tensor | None,
     use_cache: bool,
 ) -> Iterator[Tensor]:
+    if attention_mask is not None and not use_cache:  # tokens can be appended to prompts that end with a real one
+        left, lengths = _padding(attention_mask, input_ids.shape)
+        if left is not None:
+            right = input_ids.shape[1] - left - lengths
+            input_ids, attention_mask = (_roll(v[..., None], -right)[..., 0] for v in (input_ids, attention_mask))
     cache, token = InferenceParams(), None
     finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     for _ in range(max_new_tokens):
@@ -1248,7 +1301,7 @@ def _tokens(
 def _read_prompt(model: Mamba2ForCausalLM, ids: Tensor, cache: InferenceParams, mask: Tensor | None) -> Tensor:
     """Logits (b, padded_vocab_size) after each row's last real token; a long prompt is read piece by piece."""
     b, l = ids.shape
-    size = max(1, PROMPT_SEGMENT // b)
+    size = max(1, PROMPT_SEGMENT // max(1, b))
     for start in range(0, l, size):
         piece = None if mask is None else mask[:, start : start + size]
         hidden = model.backbone(ids[:, start : start + size], cache, attention_mask=piece)

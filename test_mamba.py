@@ -1,0 +1,2332 @@
+"""Tests of mamba.py and mamba2.py, each against a source that is not ours: recurrences written out below in float64,
+transformers' classes, finite differences, or the same model fed in another way.
+
+    pytest                  what runs everywhere: no network, no GPU, nothing outside this directory
+    pytest -m slow          speed, memory and size, on two otherwise idle cores
+    pytest -m hub           published weights, from the model hub
+
+Letters in shapes: b batch, l length, e channels, n state size, h heads, p head width, g groups.
+"""
+
+import copy
+import functools
+import importlib.util
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.autograd import gradcheck
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import mamba
+import mamba2
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # the tensors are tiny: a second thread only costs, and tenfold where the cores are busy
+
+ROOT = Path(__file__).resolve().parent
+
+PRESENT = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+DEVICES = ["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name, present in PRESENT.items() if present)]
+on_each_device = pytest.mark.parametrize("device", DEVICES)
+
+FILES = {
+    "mamba": SimpleNamespace(
+        name="mamba",
+        module=mamba,
+        Config=mamba.MambaConfig,
+        Mixer=mamba.MambaMixer,
+        Encoder=mamba.MambaEncoder,
+        LM=mamba.MambaForCausalLM,
+        tiny=dict(d_state=8),
+        dt_bias="dt_proj.bias",
+    ),
+    "mamba2": SimpleNamespace(
+        name="mamba2",
+        module=mamba2,
+        Config=mamba2.Mamba2Config,
+        Mixer=mamba2.Mamba2Mixer,
+        Encoder=mamba2.Mamba2Encoder,
+        LM=mamba2.Mamba2ForCausalLM,
+        tiny=dict(d_state=8, headdim=8, chunk_size=16),
+        dt_bias="dt_bias",
+    ),
+}
+
+
+@pytest.fixture(params=FILES)
+def file(request):
+    """One of the two files, by the names that they have in common."""
+    return FILES[request.param]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources of truth: the two recurrences, and the whole model around them, in plain loops
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def scan_by_definition(u, dt, A, B, C, state=None):
+    """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t and y_t = C_t . h_t. u, dt (b, l, e), A (e, n), B, C (b, l, n)."""
+    h = u.new_zeros(u.shape[0], *A.shape) if state is None else state  # (b, e, n)
+    ys = [u[:, :0]]
+    for u_t, dt_t, B_t, C_t in zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+        h = torch.exp(dt_t[..., None] * A) * h + (dt_t * u_t)[..., None] * B_t[:, None]
+        ys.append((h @ C_t[..., None]).mT)
+    return torch.cat(ys, dim=1), h
+
+
+def ssd_by_definition(x, dt, A, B, C, state=None):
+    """The same recurrence with one decay per head. x (b, l, h, p), dt (b, l, h), A (h,), B, C (b, l, g, n)."""
+    heads_per_group = x.shape[2] // B.shape[2]
+    B, C = (M.repeat_interleave(heads_per_group, dim=2) for M in (B, C))  # (b, l, h, n)
+    h = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1]) if state is None else state  # (b, h, p, n)
+    ys = [x[:, :0]]
+    for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+        h = torch.exp(dt_t * A)[..., None, None] * h + (dt_t[..., None] * x_t)[..., None] * B_t[:, :, None]
+        ys.append((h @ C_t[..., None]).squeeze(-1)[:, None])
+    return torch.cat(ys, dim=1), h
+
+
+def rms_norm_by_definition(x, eps, groups=1):
+    x = x.unflatten(-1, (groups, -1))
+    return (x / (x.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(-2)
+
+
+def convolution_by_definition(x, weight, bias):
+    """Causal and depthwise, then SiLU. x (b, l, channels), weight (channels, 1, width)."""
+    width = weight.shape[-1]
+    padded = F.pad(x, (0, 0, width - 1, 0))
+    out = sum(padded[:, i : i + x.shape[1]] * weight[:, 0, i] for i in range(width))
+    return F.silu(out if bias is None else out + bias)
+
+
+def mamba_mixer_by_definition(x, w, config):
+    """Figure 3 of the Mamba paper; w holds the weights by name, config is transformers'."""
+    u, z = F.linear(x, w["in_proj.weight"], w.get("in_proj.bias")).chunk(2, dim=-1)
+    u = convolution_by_definition(u, w["conv1d.weight"], w.get("conv1d.bias"))
+    sizes = [config.time_step_rank, config.state_size, config.state_size]
+    dt, B, C = F.linear(u, w["x_proj.weight"]).split(sizes, dim=-1)
+    if config.model_type == "falcon_mamba":
+        dt, B, C = (rms_norm_by_definition(v, config.mixer_rms_eps) for v in (dt, B, C))
+    dt = F.softplus(F.linear(dt, w["dt_proj.weight"], w["dt_proj.bias"]))
+    y, _ = scan_by_definition(u, dt, -w["A_log"].exp(), B, C)
+    return F.linear((y + w["D"] * u) * F.silu(z), w["out_proj.weight"], w.get("out_proj.bias"))
+
+
+def mamba2_mixer_by_definition(x, w, config):
+    """The block figure of the Mamba-2 paper."""
+    e, g, n, heads = config.num_heads * config.head_dim, config.n_groups, config.state_size, config.num_heads
+    zxBCdt = F.linear(x, w["in_proj.weight"], w.get("in_proj.bias"))
+    z, xBC, dt = zxBCdt.split([e, e + 2 * g * n, heads], dim=-1)
+    xBC = convolution_by_definition(xBC, w["conv1d.weight"], w.get("conv1d.bias"))
+    x, B, C = xBC.split([e, g * n, g * n], dim=-1)
+    x, B, C = x.unflatten(-1, (heads, -1)), B.unflatten(-1, (g, -1)), C.unflatten(-1, (g, -1))
+    dt = F.softplus(dt + w["dt_bias"]).clamp(*config.time_step_limit)
+    y, _ = ssd_by_definition(x, dt, -w["A_log"].exp(), B, C)
+    y = (y + w["D"][:, None] * x).flatten(-2) * F.silu(z)
+    y = rms_norm_by_definition(y, config.layer_norm_epsilon, groups=g) * w["norm.weight"]
+    return F.linear(y, w["out_proj.weight"], w.get("out_proj.bias"))
+
+
+@torch.no_grad()
+def logits_by_definition(theirs, input_ids):
+    """Logits (b, l, vocabulary) of a transformers model, computed here in float64 from its weights and settings."""
+    config, weights = theirs.config, {name: w.double() for name, w in theirs.state_dict().items()}
+    mixer = mamba2_mixer_by_definition if config.model_type == "mamba2" else mamba_mixer_by_definition
+    x = weights["backbone.embeddings.weight"][input_ids]
+    for i in range(config.num_hidden_layers):
+        layer = f"backbone.layers.{i}."
+        w = {k.removeprefix(layer + "mixer."): v for k, v in weights.items() if k.startswith(layer + "mixer.")}
+        x = x + mixer(rms_norm_by_definition(x, config.layer_norm_epsilon) * weights[layer + "norm.weight"], w, config)
+    x = rms_norm_by_definition(x, config.layer_norm_epsilon) * weights["backbone.norm_f.weight"]
+    return F.linear(x, weights["lm_head.weight"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models to compare: odd settings, weights far from their initialisation
+# ----------------------------------------------------------------------------------------------------------------------
+
+TRANSFORMERS = {
+    "mamba": (transformers.MambaConfig, transformers.MambaForCausalLM),
+    "falcon_mamba": (transformers.FalconMambaConfig, transformers.FalconMambaForCausalLM),
+    "mamba2": (transformers.Mamba2Config, transformers.Mamba2ForCausalLM),
+}
+
+ODD_SETTINGS = {
+    "mamba": ("mamba", dict()),
+    "mamba expand 1, conv 2": (
+        "mamba",
+        dict(expand=1, conv_kernel=2, use_bias=True, use_conv_bias=False, tie_word_embeddings=False),
+    ),
+    "mamba expand 3, conv 3": ("mamba", dict(expand=3, conv_kernel=3, use_bias=True, state_size=7)),
+    "mamba expand 16": ("mamba", dict(expand=16, intermediate_size=128, time_step_rank=5, tie_word_embeddings=False)),
+    # One layer: FalconMamba's norms of dt, B and C enlarge rounding; with two layers and noise 0.1 transformers itself
+    # is up to 6e-6 of the largest logit away from float64.
+    "falcon_mamba": ("falcon_mamba", dict(num_hidden_layers=1)),
+    "falcon_mamba expand 16": (
+        "falcon_mamba",
+        dict(expand=16, intermediate_size=128, time_step_rank=5, conv_kernel=3, use_bias=True, mixer_rms_eps=1e-5)
+        | dict(num_hidden_layers=1),
+    ),
+    "falcon_mamba deep": ("falcon_mamba", dict(tie_word_embeddings=False)),
+    "mamba2": ("mamba2", dict(num_heads=4, head_dim=32, n_groups=1, chunk_size=64)),
+    "mamba2 expand 1, conv 2": (
+        "mamba2",
+        dict(expand=1, num_heads=4, head_dim=16, n_groups=2, conv_kernel=2, use_bias=True, chunk_size=16)
+        | dict(tie_word_embeddings=True),
+    ),
+    "mamba2 expand 3, conv 3": (
+        "mamba2",
+        dict(expand=3, num_heads=8, head_dim=24, n_groups=4, conv_kernel=3, use_conv_bias=False, chunk_size=100)
+        | dict(time_step_limit=(0.01, 0.5)),
+    ),
+    "mamba2 chunk 256": (
+        "mamba2",
+        dict(num_heads=8, head_dim=16, n_groups=4, use_bias=True, chunk_size=256, time_step_limit=(0.1, math.inf)),
+    ),
+}
+SETTINGS = ["mamba expand 3, conv 3", "falcon_mamba expand 16", "mamba2 expand 3, conv 3", "mamba2 chunk 256"]
+LENGTHS = [1, 3, 63, 64, 65, 300]
+NOISES = [0.1, 0.3]
+VOCAB = 99
+
+
+@torch.no_grad()
+def randomise(model, noise, seed=0):
+    """Add noise to every parameter and spread the biases of dt over [-4, 2]; the names are the same on both sides."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name.endswith(("dt_proj.bias", "dt_bias")):
+            p.copy_(torch.linspace(-4, 2, p.numel())[torch.randperm(p.numel(), generator=generator)])
+        else:
+            p.add_(noise * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def transformers_model(settings, noise, **changes):
+    model_type, fields = ODD_SETTINGS[settings]
+    config_class, model_class = TRANSFORMERS[model_type]
+    sizes = dict(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, state_size=16, initializer_range=0.02)
+    torch.manual_seed(0)
+    return randomise(model_class(config_class(**sizes | fields | changes)), noise)
+
+
+def file_for(settings):
+    return FILES["mamba2" if settings.startswith("mamba2") else "mamba"]
+
+
+@functools.cache
+def theirs_for(settings, noise):
+    return transformers_model(settings, noise)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """saved(settings, noise): the directory into which transformers saved that model."""
+
+    @functools.cache
+    def save(settings, noise):
+        directory = tmp_path_factory.mktemp("checkpoint")
+        theirs_for(settings, noise).save_pretrained(directory)
+        return directory
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def ours_for(saved):
+    """ours_for(settings, noise, device): the same model in our class, for reading only."""
+
+    @functools.cache
+    def load(settings, noise, device="cpu", dtype=None):
+        model = file_for(settings).LM.from_pretrained(saved(settings, noise), device=device, dtype=dtype)
+        if settings.startswith("mamba2"):
+            model.config.chunk_size = theirs_for(settings, noise).config.chunk_size  # not read from checkpoints
+        return model
+
+    return load
+
+
+def tiny(file, noise=0.1, **changes):
+    """A small model of ours whose weights are away from their initialisation."""
+    torch.manual_seed(0)
+    model = file.LM(file.Config(**dict(d_model=32, n_layer=2, vocab_size=VOCAB) | file.tiny | changes))
+    return randomise(model, noise)
+
+
+def random_ids(batch, length, seed=0, vocab=VOCAB, device="cpu"):
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def error(got, exact):
+    """The largest difference, as a share of the largest exact value."""
+    assert got.shape == exact.shape
+    if exact.numel() == 0:
+        return 0.0
+    exact = exact.detach().double().cpu()
+    return ((got.detach().double().cpu() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
+
+
+def distance(got, exact):
+    """The mean over positions of the largest difference there. Logits (b, l, vocabulary).
+
+    The largest difference of all says less: it stems from one ill-conditioned position, and two orders of summing the
+    same float32 numbers differ up to threefold in it; in this mean over 300 positions they differ by a quarter.
+    """
+    assert got.shape == exact.shape
+    return (got.double() - exact.double()).abs().amax(-1).mean().item()
+
+
+@torch.no_grad()
+def logits_of(model, input_ids, *args, **kwargs):
+    device = next(model.parameters()).device
+    return model(input_ids.to(device), *args, **kwargs).cpu()
+
+
+@torch.no_grad()
+def their_logits(theirs, input_ids):
+    for layer in theirs.backbone.layers:
+        if hasattr(layer.mixer, "chunk_size"):  # they pad any sequence to whole chunks; with zeros, but it takes long
+            layer.mixer.chunk_size = max(1, min(theirs.config.chunk_size, input_ids.shape[1]))
+    return theirs(input_ids).logits
+
+
+def states(inference_params):
+    """All states of a cache in one list, layer by layer."""
+    cache = inference_params.key_value_memory_dict
+    return [state for layer in sorted(cache) for state in cache[layer]]
+
+
+def snapshot(inference_params):
+    return [state.clone() for state in states(inference_params)]
+
+
+def assert_same_states(got, wanted, bound):
+    assert len(got) == len(wanted) > 0
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == b.dtype and error(a, b) <= bound
+
+
+SPLIT_BOUNDS = {0.1: 5e-6, 0.3: 5e-5}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The selective scan
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def scan_inputs(b, length, e, n, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    u, dt = torch.randn(b, length, e, generator=g), F.softplus(2 * torch.randn(b, length, e, generator=g) - 1)
+    A = -torch.exp(torch.randn(e, n, generator=g))
+    B, C = torch.randn(2, b, length, n, generator=g)
+    state = torch.randn(b, e, n, generator=g)
+    return [t.to(dtype) for t in (u, dt, A, B, C, state)]
+
+
+def assert_all_close(got, wanted, bound=1e-12):
+    for a, b in zip(got, wanted, strict=True):
+        assert error(a, b) <= bound
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 7, 64, 97])
+@pytest.mark.parametrize("form", ["selective_scan", "selective_scan_recurrence"])
+def test_scan_equals_its_definition(form, length):
+    inputs = scan_inputs(2, length, 5, 3)
+    scan = getattr(mamba, form)
+    assert_all_close(scan(*inputs), scan_by_definition(*inputs))
+    assert_all_close(scan(*inputs[:5]), scan_by_definition(*inputs[:5]))
+
+
+@on_each_device
+@pytest.mark.parametrize("n_parallel", [None, 8])
+@pytest.mark.parametrize("dt_A", [-(10.0**k) for k in range(-6, 5)])
+def test_scan_is_exact_at_any_decay(dt_A, n_parallel, device):
+    u, _, _, B, C, _ = scan_inputs(1, 4096, 8, 4, torch.float32)
+    dt = torch.full_like(u, 0.125)
+    A = torch.full((8, 4), dt_A / 0.125)
+    exact, _ = scan_by_definition(*(t.double() for t in (u, dt, A, B, C)))
+    got, _ = mamba.selective_scan(*(t.to(device) for t in (u, dt, A, B, C)), n_parallel=n_parallel)
+
+    def channel_error(y):
+        return ((y.double().cpu() - exact).abs().amax(1) / exact.abs().amax(1)).max().item()
+
+    if abs(dt_A) >= 1e-2:
+        assert channel_error(got) <= 1e-6
+    else:
+        assert channel_error(got) <= 1.5 * channel_error(scan_by_definition(u, dt, A, B, C)[0])
+
+
+@pytest.mark.parametrize("length", [1, 13, 64])
+@pytest.mark.parametrize(
+    "block_len, n_parallel", [(1, 1), (5, 1), (16, 1), (1000, 1), (1, 3), (4, 2), (4, 5), (5, 100), (None, 4)]
+)
+def test_scan_in_any_blocks_gives_the_same(block_len, n_parallel, length):
+    inputs = [t.requires_grad_() for t in scan_inputs(2, length, 3, 4)]
+    wanted = scan_by_definition(*inputs)
+    got = mamba.selective_scan(*inputs, block_len=block_len, n_parallel=n_parallel)
+    assert_all_close(got, wanted)
+    weights = [torch.randn_like(t) for t in wanted]
+    assert_all_close(torch.autograd.grad(got, inputs, weights), torch.autograd.grad(wanted, inputs, weights))
+
+
+@pytest.mark.parametrize("b, e, n", [(40, 64, 32), (3, 2048, 16)])
+def test_scan_equals_its_definition_at_sizes_beyond_any_block(b, e, n):
+    inputs = [t.requires_grad_() for t in scan_inputs(b, 37, e, n)]
+    got, wanted = mamba.selective_scan(*inputs), scan_by_definition(*inputs)
+    assert_all_close(got, wanted)
+    weights = [torch.randn_like(t) for t in wanted]
+    assert_all_close(torch.autograd.grad(got, inputs, weights), torch.autograd.grad(wanted, inputs, weights))
+
+
+@pytest.mark.parametrize("block_len, n_parallel", [(None, None), (3, 1), (2, 2), (1, 3)])
+def test_scan_gradients_equal_finite_differences(block_len, n_parallel):
+    def scan(*inputs):
+        return mamba.selective_scan(*inputs, block_len=block_len, n_parallel=n_parallel)
+
+    assert gradcheck(scan, [t.requires_grad_() for t in scan_inputs(2, 7, 3, 2)])
+
+
+def test_scan_gradients_equal_finite_differences_without_initial_state():
+    assert gradcheck(mamba.selective_scan, [t.requires_grad_() for t in scan_inputs(2, 5, 2, 3)[:5]])
+
+
+def test_scan_differentiates_only_what_asks_for_it():
+    inputs = scan_inputs(2, 9, 3, 2)
+    for i in range(6):
+        chosen = [t.clone().requires_grad_(j == i) for j, t in enumerate(inputs)]
+        y, state = mamba.selective_scan(*chosen)
+        wanted_y, wanted_state = scan_by_definition(*chosen)
+        (got,) = torch.autograd.grad(y.sum() + state.square().sum(), chosen[i])
+        (wanted,) = torch.autograd.grad(wanted_y.sum() + wanted_state.square().sum(), chosen[i])
+        assert error(got, wanted) <= 1e-12
+
+
+@on_each_device
+@pytest.mark.parametrize("n_parallel", [None, 4])
+@pytest.mark.parametrize("dt_A", [-16.0, -1.0, -1e-1, -1e-2, -1e-3, -1e-4])
+def test_scan_float32_gradients_are_exact_at_any_decay(dt_A, n_parallel, device):
+    u, _, _, B, C, state = scan_inputs(2, 400, 6, 4, torch.float32)
+    inputs = [u, torch.full_like(u, 0.5), torch.full((6, 4), dt_A / 0.5), B, C, state]
+
+    def gradients(scan, dtype, device="cpu", **kwargs):
+        leaves = [t.to(device, dtype, copy=True).requires_grad_() for t in inputs]
+        y, final = scan(*leaves, **kwargs)
+        weights = [torch.cos(torch.arange(t.numel(), device=device).reshape(t.shape)).to(dtype) for t in (y, final)]
+        return torch.autograd.grad([y, final], leaves, weights)
+
+    exact = gradients(scan_by_definition, torch.float64)
+    plain = gradients(scan_by_definition, torch.float32)
+    got = gradients(mamba.selective_scan, torch.float32, device, n_parallel=n_parallel)
+    for name, g, p, wanted in zip(("u", "dt", "A", "B", "C", "initial_state"), got, plain, exact, strict=True):
+        assert error(g, wanted) <= max(1e-6, 1.5 * error(p, wanted)), name
+
+
+def test_a_second_derivative_of_the_scan_raises():
+    u, *others = scan_inputs(1, 4, 2, 2)
+    u.requires_grad_()
+    y, _ = mamba.selective_scan(u, *others)
+    (gradient,) = torch.autograd.grad(y.square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(gradient.sum(), u)
+
+
+def test_scan_leaves_its_inputs_alone():
+    inputs = scan_inputs(2, 40, 3, 4)
+    copies = [t.clone() for t in inputs]
+    mamba.selective_scan(*inputs)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SSD
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def ssd_inputs(b, length, h, p, g, n, dtype=torch.float64, seed=0):
+    r = torch.Generator().manual_seed(seed)
+    x, dt = torch.randn(b, length, h, p, generator=r), F.softplus(2 * torch.randn(b, length, h, generator=r) - 1)
+    A = -torch.exp(torch.randn(h, generator=r))
+    B, C = torch.randn(2, b, length, g, n, generator=r)
+    state = torch.randn(b, h, p, n, generator=r)
+    return [t.to(dtype) for t in (x, dt, A, B, C, state)]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("length", [0, 1, 2, 13, 64, 97])
+@pytest.mark.parametrize("form", ["ssd_recurrence", "ssd_quadratic", "ssd"])
+def test_each_form_of_ssd_equals_its_definition(form, length, groups):
+    inputs = ssd_inputs(2, length, 4, 3, groups, 5)
+    ssd = getattr(mamba2, form)
+    assert_all_close(ssd(*inputs), ssd_by_definition(*inputs))
+    assert_all_close(ssd(*inputs[:5]), ssd_by_definition(*inputs[:5]))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, 16, 64, 256])
+@pytest.mark.parametrize("length", [0, 1, 7, 48, 97])
+def test_ssd_in_any_chunks_gives_the_same(length, chunk_size):
+    inputs = ssd_inputs(2, length, 4, 3, 2, 5)
+    assert_all_close(mamba2.ssd(*inputs, chunk_size=chunk_size), ssd_by_definition(*inputs))
+
+
+@pytest.mark.parametrize("chunk_size", [3, 4, 16])
+def test_ssd_gradients_equal_finite_differences(chunk_size):
+    def ssd(*inputs):
+        return mamba2.ssd(*inputs, chunk_size=chunk_size)
+
+    assert gradcheck(ssd, [t.requires_grad_() for t in ssd_inputs(2, 7, 2, 2, 1, 2)])
+    assert gradcheck(ssd, [t.requires_grad_() for t in ssd_inputs(1, 5, 4, 1, 2, 2)[:5]])
+
+
+@on_each_device
+@pytest.mark.parametrize("chunk_size", [16, 64, 256])
+@pytest.mark.parametrize("dt_A", ["mixed", *(-(10.0**k) for k in range(-6, 5))])
+def test_ssd_is_exact_at_any_decay(dt_A, chunk_size, device):
+    x, dt, _, B, C, _ = ssd_inputs(1, 1000, 4, 8, 1, 16, torch.float32)
+    if dt_A == "mixed":  # steps that keep nearly all and steps that forget all, side by side in one chunk
+        dt = 10 ** (6 * torch.rand(dt.shape, generator=torch.Generator().manual_seed(0)) - 4)
+    else:
+        dt = torch.full_like(dt, -dt_A)
+    inputs = [x, dt, -torch.ones(4), B, C]
+    exact = ssd_by_definition(*(t.double() for t in inputs))
+    plain = ssd_by_definition(*inputs)
+    got = mamba2.ssd(*(t.to(device) for t in inputs), chunk_size=chunk_size)
+    for g, p, wanted in zip(got, plain, exact, strict=True):
+        bound = 1e-6 if dt_A == "mixed" else 2e-6 if dt_A <= -1e-2 else max(1e-6, 1.5 * error(p, wanted))
+        assert error(g, wanted) <= bound
+
+
+@pytest.mark.parametrize("dt_A", [-16.0, -1.0, -1e-1, -1e-2, -1e-3, -1e-4])
+def test_ssd_float32_gradients_are_exact_at_any_decay(dt_A):
+    x, dt, _, B, C, state = ssd_inputs(2, 400, 4, 6, 2, 5, torch.float32)
+    inputs = [x, torch.full_like(dt, 0.5), torch.full((4,), dt_A / 0.5), B, C, state]
+
+    def gradients(ssd, dtype):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in inputs]
+        y, final = ssd(*leaves)
+        weights = [torch.cos(torch.arange(t.numel()).reshape(t.shape)).to(dtype) for t in (y, final)]
+        return torch.autograd.grad([y, final], leaves, weights)
+
+    exact = gradients(ssd_by_definition, torch.float64)
+    plain = gradients(ssd_by_definition, torch.float32)
+    got = gradients(mamba2.ssd, torch.float32)
+    for name, g, p, wanted in zip(("x", "dt", "A", "B", "C", "initial_state"), got, plain, exact, strict=True):
+        assert error(g, wanted) <= max(2e-6, 1.5 * error(p, wanted)), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gradients of the layers
+# ----------------------------------------------------------------------------------------------------------------------
+
+SMALLEST_LAYERS = {
+    "mamba": ("mamba", dict(d_state=2, d_conv=3, bias=True)),
+    "falcon_mamba": ("mamba", dict(d_state=2, d_conv=2, conv_bias=False, dt_rank=2, mixer_rms_eps=1e-3)),
+    "mamba2": ("mamba2", dict(d_state=2, headdim=2, ngroups=2, d_conv=3, bias=True, chunk_size=3)),
+    "mamba2 limits": ("mamba2", dict(d_state=2, headdim=4, ngroups=1, d_conv=2, chunk_size=4, dt_limit=(0.1, 1.0))),
+}
+
+
+@pytest.mark.parametrize("name", SMALLEST_LAYERS)
+def test_layer_gradients_equal_finite_differences(name):
+    file_name, settings = SMALLEST_LAYERS[name]
+    file = FILES[file_name]
+    torch.manual_seed(0)
+    mixer = randomise(file.Mixer(file.Config(d_model=4, **settings)).double(), 0.3)
+    names, parameters = zip(*mixer.named_parameters(), strict=True)
+    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+
+    def layer(x, *parameters):
+        return torch.func.functional_call(mixer, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert gradcheck(layer, (x, *parameters))
+
+
+LARGE_LAYERS = {
+    "mamba": (dict(d_state=4), dict(state_size=4, expand=2), mamba_mixer_by_definition),
+    "mamba2": (
+        dict(d_state=4, headdim=32, ngroups=2, chunk_size=64),
+        dict(state_size=4, head_dim=32, num_heads=8, n_groups=2),
+        mamba2_mixer_by_definition,
+    ),
+}
+
+
+def test_a_layer_larger_than_any_block_equals_its_definition(file):
+    ours, theirs, definition = LARGE_LAYERS[file.name]
+    torch.manual_seed(0)
+    mixer = randomise(file.Mixer(file.Config(d_model=128, **ours)).double(), 0.1)
+    config = TRANSFORMERS[file.name][0](hidden_size=128, **theirs)
+    names, leaves = zip(*mixer.named_parameters(), strict=True)
+    x = torch.randn(3, 1100, 128, dtype=torch.float64, requires_grad=True)
+    got, wanted = mixer(x), definition(x, dict(mixer.named_parameters()), config)
+    assert error(got, wanted) <= 1e-12
+    weights = torch.randn_like(wanted)
+    got, wanted = (torch.autograd.grad(y, [x, *leaves], weights) for y in (got, wanted))
+    for name, g, w in zip(["x", *names], got, wanted, strict=True):
+        assert error(g, w) <= 1e-10, name
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_gradients_of_the_loss_equal_those_of_transformers(settings, saved):
+    ids = random_ids(2, 40)
+    theirs = transformers_model(settings, 0.1)
+    theirs(ids, labels=ids).loss.backward()
+    ours = file_for(settings).LM.from_pretrained(saved(settings, 0.1))
+    ours(ids, labels=ids)["loss"].backward()
+    got, wanted = ({name: p.grad for name, p in model.named_parameters()} for model in (ours, theirs))
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert error(got[name], wanted[name]) <= 2e-4, name
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(file):
+    ids, gradients = random_ids(2, 30), []
+    for gradient_checkpointing in (False, True):
+        model = tiny(file, gradient_checkpointing=gradient_checkpointing).train()
+        model(ids, labels=ids)["loss"].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert_all_close(gradients[1], gradients[0], 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole model against transformers and float64
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("settings", ODD_SETTINGS)
+def test_in_float64_the_model_is_its_definition(settings, noise, ours_for):
+    ids = random_ids(2, 150)
+    exact = logits_by_definition(theirs_for(settings, noise), ids)
+    assert error(logits_of(ours_for(settings, noise, dtype=torch.float64), ids), exact) <= 1e-12
+
+
+@on_each_device
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    "settings, noise, bound",
+    [(settings, 0.1, 2e-6) for settings in ODD_SETTINGS if settings != "falcon_mamba deep"]
+    + [(settings, 0.3, 2e-4) for settings in ODD_SETTINGS],
+)
+def test_logits_equal_those_of_transformers(settings, noise, bound, length, device, ours_for):
+    ids = random_ids(2, length, seed=length)
+    wanted = their_logits(theirs_for(settings, noise), ids)
+    got = logits_of(ours_for(settings, noise, device), ids)
+    assert got.dtype == torch.float32
+    assert error(got, wanted) <= bound
+
+
+@on_each_device
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("settings", ODD_SETTINGS)
+def test_float32_is_as_near_to_float64_as_that_of_transformers(settings, noise, length, device, ours_for):
+    ids = random_ids(math.ceil(300 / length), length, seed=length)
+    exact = logits_of(ours_for(settings, noise, dtype=torch.float64), ids)
+    theirs = their_logits(theirs_for(settings, noise), ids)
+    ours = logits_of(ours_for(settings, noise, device), ids)
+    assert distance(ours, exact) <= 1.5 * distance(theirs, exact)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_hidden_states_equal_those_of_transformers(settings, ours_for):
+    ids = random_ids(2, 70)
+    with torch.no_grad():
+        wanted = theirs_for(settings, 0.1).backbone(ids).last_hidden_state
+        assert error(ours_for(settings, 0.1).backbone(ids), wanted) <= 2e-6
+
+
+@pytest.mark.parametrize("settings", ODD_SETTINGS)
+def test_greedy_generation_equals_that_of_transformers(settings, ours_for):
+    ids = random_ids(2, 20)
+    theirs = theirs_for(settings, 0.1)
+    theirs.generation_config.eos_token_id = None
+    limited = getattr(theirs.config, "time_step_limit", (0, math.inf)) != (0, math.inf)
+    options = {"attention_mask": torch.ones_like(ids), "use_cache": not limited}  # their cached step ignores the limit
+    wanted = theirs.generate(ids, max_new_tokens=50, do_sample=False, **options)
+    got = ours_for(settings, 0.1).generate(ids, max_new_tokens=50, temperature=0)
+    assert got.tolist() == wanted.tolist()
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_loss_equals_that_of_transformers(settings, ours_for):
+    ids = random_ids(3, 50)
+    labels = ids.clone()
+    labels[0, :20] = labels[2, 7] = labels[1, -1] = -100
+    theirs, ours = theirs_for(settings, 0.1), ours_for(settings, 0.1)
+    for target in (ids, labels):
+        with torch.no_grad():
+            out = ours(ids, labels=target)
+            assert out["loss"].item() == pytest.approx(theirs(ids, labels=target).loss.item(), rel=1e-6)
+        assert set(out) == {"loss", "logits"} and torch.equal(out["logits"], logits_of(ours, ids))
+
+
+def test_ignored_labels_do_not_change_the_loss(file):
+    model, ids = tiny(file), random_ids(2, 20)
+    labels = ids.clone()
+    labels[:, 10:] = -100
+    with torch.no_grad():
+        assert torch.allclose(model(ids, labels=labels)["loss"], model(ids[:, :10], labels=ids[:, :10])["loss"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loss_and_logits_are_float32_whatever_the_weights(file, dtype):
+    ids = random_ids(2, 9)
+    out = tiny(file).to(dtype)(ids, labels=ids)
+    assert out["loss"].dtype == out["logits"].dtype == torch.float32
+
+
+IN_HALF_PRECISION = [(settings, False) for settings in ["mamba", "falcon_mamba", "mamba2", *SETTINGS]]
+# Token by token without limits of dt: transformers' cached step ignores them.
+IN_HALF_PRECISION += [(settings, True) for settings in ["mamba", "falcon_mamba", "mamba2", *SETTINGS[:2]]]
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("settings, token_by_token", IN_HALF_PRECISION)
+def test_half_precision_is_as_near_to_float32_as_that_of_transformers(
+    settings, token_by_token, dtype, device, tmp_path
+):
+    ids = random_ids(4, 100)
+    theirs = transformers_model(settings, 0.1).to(dtype)
+    theirs.save_pretrained(tmp_path)
+    load = functools.partial(file_for(settings).LM.from_pretrained, tmp_path)
+    exact = logits_of(load(dtype=torch.float32), ids)  # the same rounded weights
+    ours = load(device=device)
+    assert {p.dtype for p in ours.parameters()} == {dtype}
+
+    with torch.no_grad():
+        if token_by_token:
+            cache, params, got, wanted = None, file_for(settings).module.InferenceParams(), [], []
+            for token in ids.unbind(1):
+                out = theirs(token[:, None], cache_params=cache, use_cache=True)
+                cache = out.cache_params
+                wanted.append(out.logits[:, 0])
+                got.append(ours.step(token.to(device), params).cpu())
+            got, wanted = torch.stack(got, 1), torch.stack(wanted, 1)
+        else:
+            got, wanted = logits_of(ours, ids), theirs(ids).logits
+    assert torch.isfinite(got).all()
+    assert distance(got, exact) <= 1.2 * distance(wanted, exact)
+
+
+@on_each_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_weights_make_no_nan_in_half_precision(file, dtype, device):
+    model = tiny(file, noise=0.3).to(device, dtype)
+    params = file.module.InferenceParams()
+    assert torch.isfinite(logits_of(model, random_ids(2, 100), params)).all()
+    assert all(torch.isfinite(state).all() for state in states(params))
+
+
+def test_the_residual_stream_may_stay_in_half_precision(file, tmp_path):
+    ids, theirs = random_ids(3, 100), transformers_model(file.name, 0.1, residual_in_fp32=False).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    ours = file.LM.from_pretrained(tmp_path)
+    exact = logits_of(file.LM.from_pretrained(tmp_path, dtype=torch.float32), ids)
+    assert ours.config.residual_in_fp32 is False
+    assert distance(logits_of(ours, ids), exact) <= 1.2 * distance(their_logits(theirs, ids), exact)
+
+
+@pytest.mark.parametrize("residual_in_fp32, dtype", [(True, torch.float32), (False, torch.bfloat16)])
+def test_the_residual_stream_has_the_type_that_the_settings_say(file, residual_in_fp32, dtype):
+    model, seen = tiny(file, residual_in_fp32=residual_in_fp32).to(torch.bfloat16), []
+    model.backbone.layers[1].register_forward_pre_hook(lambda layer, args: seen.append(args[0].dtype))
+    logits_of(model, random_ids(2, 5))
+    assert seen == [dtype]
+
+
+def test_embeddings_may_stand_in_for_ids(file):
+    model, ids = tiny(file), random_ids(2, 20)
+    embeddings = model.backbone.embeddings.weight[ids]
+    with torch.no_grad():
+        assert error(model(embeddings), model(ids)) <= 1e-7
+        assert error(model.backbone(embeddings), model.backbone(ids)) <= 1e-7
+
+
+def test_an_encoder_of_the_same_weights_gives_the_same_hidden_states(file):
+    model, ids = tiny(file), random_ids(2, 20)
+    encoder = file.Encoder(model.config)
+    weights = {k: v for k, v in model.backbone.state_dict().items() if k != "embeddings.weight"}
+    encoder.load_state_dict(weights)
+    with torch.no_grad():
+        assert error(encoder(model.backbone.embeddings.weight[ids]), model.backbone(ids)) <= 1e-7
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache: any split, any batch, padding, steps
+# ----------------------------------------------------------------------------------------------------------------------
+
+PIECES = {
+    "token by token": [1] * 130,
+    "one token first": [1, 129],
+    "one token last": [129, 1],
+    "odd pieces": [3, 60, 1, 2, 64],
+    "whole chunks": [64, 64, 2],
+    "empty pieces": [0, 65, 0, 0, 65, 0],
+}
+
+
+@on_each_device
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_any_split_gives_the_same_logits_and_state(settings, noise, pieces, device, ours_for):
+    model, module, ids = ours_for(settings, noise, device), file_for(settings).module, random_ids(3, 130)
+    whole = module.InferenceParams()
+    wanted = logits_of(model, ids, whole)
+    split = module.InferenceParams()
+    got = torch.cat([logits_of(model, piece, split) for piece in ids.split(pieces, dim=1)], dim=1)
+    assert error(got, wanted) <= SPLIT_BOUNDS[noise]
+    assert error(logits_of(model, ids), wanted) <= SPLIT_BOUNDS[noise]
+    assert_same_states(states(split), states(whole), SPLIT_BOUNDS[noise])
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_steps_give_the_same_logits_and_state_as_one_forward_pass(settings, noise, ours_for):
+    model, module, ids = ours_for(settings, noise), file_for(settings).module, random_ids(3, 70)
+    whole, stepped = module.InferenceParams(), module.InferenceParams()
+    wanted = logits_of(model, ids, whole)
+    with torch.no_grad():
+        got = torch.stack([model.step(token, stepped) for token in ids.unbind(1)], dim=1)
+    assert got.dtype == torch.float32
+    assert error(got, wanted) <= SPLIT_BOUNDS[noise]
+    assert_same_states(states(stepped), states(whole), SPLIT_BOUNDS[noise])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_rows_of_a_batch_do_not_touch_each_other(settings, noise, batch, ours_for):
+    model, module, ids = ours_for(settings, noise), file_for(settings).module, random_ids(batch, 65)
+    params = module.InferenceParams()
+    together = logits_of(model, ids, params)
+    for row in range(batch):
+        alone = module.InferenceParams()
+        assert error(together[row : row + 1], logits_of(model, ids[row : row + 1], alone)) <= SPLIT_BOUNDS[noise]
+        own = [state[row : row + 1] for state in states(params)]
+        assert_same_states(own, states(alone), SPLIT_BOUNDS[noise])
+
+
+def test_an_empty_sequence_gives_no_logits_and_leaves_the_state(file):
+    model, params = tiny(file), file.module.InferenceParams()
+    assert logits_of(model, random_ids(2, 0)).shape == (2, 0, model.config.padded_vocab_size)
+    assert logits_of(model, random_ids(2, 0), params).shape == (2, 0, model.config.padded_vocab_size)
+    ids = random_ids(2, 9)
+    assert error(logits_of(model, ids, params), logits_of(model, ids)) <= 5e-6
+    before = snapshot(params)
+    logits_of(model, random_ids(2, 0), params)
+    assert_same_states(states(params), before, 0)
+
+
+def test_an_empty_batch_gives_no_logits(file):
+    model = tiny(file)
+    assert logits_of(model, random_ids(0, 5)).shape == (0, 5, model.config.padded_vocab_size)
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_num_last_tokens_gives_the_last_logits(file, k):
+    model, ids = tiny(file), random_ids(2, 20)
+    assert error(logits_of(model, ids, num_last_tokens=k), logits_of(model, ids)[:, -k:]) <= 1e-6
+
+
+def padded_batch(lengths, side):
+    """Rows of these lengths, padded with token 7 on one side: ids, mask, and each row's own ids (1, its length)."""
+    ids = random_ids(len(lengths), max(lengths))
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, : length if side == "right" else None] = 1
+        if side == "left":
+            mask[row, : max(lengths) - length] = 0
+    rows = [row[keep.bool()][None] for row, keep in zip(ids, mask, strict=True)]
+    return ids.masked_fill(mask == 0, 7), mask, rows
+
+
+@on_each_device
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_padded_rows_equal_their_unpadded_runs(settings, noise, side, device, ours_for):
+    model, module = ours_for(settings, noise, device), file_for(settings).module
+    ids, mask, rows = padded_batch([70, 65, 30, 2, 1, 0], side)
+    params = module.InferenceParams()
+    got = logits_of(model, ids, params, attention_mask=mask.to(device))
+    for i, row in enumerate(rows):
+        alone = module.InferenceParams()
+        wanted = logits_of(model, row, alone)
+        assert error(got[i : i + 1, mask[i].bool()], wanted) <= SPLIT_BOUNDS[noise]
+        own = [state[i : i + 1] for state in states(params)]
+        if row.shape[1] == 0:
+            assert not any(state.any() for state in own)
+        else:
+            assert_same_states(own, states(alone), SPLIT_BOUNDS[noise])
+
+
+@pytest.mark.parametrize("first, second", [("left", "left"), ("right", "right"), ("left", "right"), ("right", "left")])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_padded_batch_continues_like_its_unpadded_rows(settings, first, second, ours_for):
+    model, module = ours_for(settings, 0.1), file_for(settings).module
+    ids1, mask1, rows1 = padded_batch([20, 11, 2, 1], first)
+    ids2, mask2, rows2 = padded_batch([3, 9, 1, 2], second)
+    tokens = random_ids(4, 3, seed=1)
+    params = module.InferenceParams()
+    logits_of(model, ids1, params, attention_mask=mask1)
+    got = logits_of(model, ids2, params, attention_mask=mask2)
+    with torch.no_grad():
+        stepped = torch.stack([model.step(token, params) for token in tokens.unbind(1)], dim=1)
+    for i in range(4):
+        alone = module.InferenceParams()
+        wanted = logits_of(model, torch.cat([rows1[i], rows2[i], tokens[i : i + 1]], dim=1), alone)
+        real = torch.cat([got[i : i + 1, mask2[i].bool()], stepped[i : i + 1]], dim=1)
+        assert error(real, wanted[:, rows1[i].shape[1] :]) <= 5e-6
+        assert_same_states([state[i : i + 1] for state in states(params)], states(alone), 5e-6)
+
+
+def test_a_mask_of_ones_changes_nothing(file):
+    model, ids = tiny(file), random_ids(2, 20)
+    for dtype in (torch.int64, torch.float32, torch.bool):
+        mask = torch.ones(2, 20, dtype=dtype)
+        assert error(logits_of(model, ids, attention_mask=mask), logits_of(model, ids)) <= 1e-6
+
+
+def test_what_stands_in_padding_does_not_matter(file):
+    model = tiny(file, bias=True)
+    ids, mask, _ = padded_batch([12, 5], "left")
+    other = torch.where(mask.bool(), ids, 3)
+    a, b = (logits_of(model, i, attention_mask=mask)[mask.bool()] for i in (ids, other))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("row", [[1, 0, 1, 1], [0, 1, 0, 1], [1, 0, 0, 1], [1, 1, 0, 1]])
+def test_a_mask_with_holes_raises(file, row):
+    model, mask = tiny(file), torch.tensor([[1, 1, 1, 1], row])
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(random_ids(2, 4), attention_mask=mask)
+
+
+class InferenceCache:  # as in MiniMamba's README
+    def __init__(self):
+        self.seqlen_offset = 0
+        self.key_value_memory_dict = {}
+
+
+class OnlyTheDict:
+    def __init__(self):
+        self.key_value_memory_dict = {}
+
+
+@pytest.mark.parametrize("foreign", [InferenceCache, OnlyTheDict])
+def test_a_foreign_cache_class_works(file, foreign):
+    model, ids, params = tiny(file), random_ids(2, 20), foreign()
+    wanted = logits_of(model, ids)
+    got = [logits_of(model, piece, params) for piece in ids[:, :18].split([10, 1, 7], dim=1)]
+    with torch.no_grad():
+        got += [model.step(token, params)[:, None] for token in ids[:, 18:].unbind(1)]
+    assert error(torch.cat(got, dim=1), wanted) <= 5e-6
+    model.reset_cache(params)
+    assert vars(params) == vars(foreign())  # our own class alone has its seqlen_offset counted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_states_have_the_documented_shapes_and_types(file, dtype):
+    model, params = tiny(file).to(dtype), file.module.InferenceParams()
+    logits_of(model, random_ids(3, 2), params)
+    conv_state, ssm_state = params.key_value_memory_dict[1]
+    c = model.config
+    if file.name == "mamba":
+        assert conv_state.shape == (3, 64, c.d_conv) and ssm_state.shape == (3, 64, c.d_state)
+    else:
+        assert conv_state.shape == (3, 64 + 2 * c.ngroups * c.d_state, c.d_conv)
+        assert ssm_state.shape == (3, c.nheads, c.headdim, c.d_state)
+    assert conv_state.dtype == dtype
+    assert ssm_state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert sorted(params.key_value_memory_dict) == [0, 1]
+    assert not conv_state[..., : c.d_conv - 2].any() and conv_state[..., -2:].any()  # the newest stands last
+
+
+def test_stored_states_are_detached_and_kept_in_place(file):
+    model, params = tiny(file), file.module.InferenceParams()
+    model(random_ids(2, 5), params).sum().backward()
+    tensors = states(params)
+    assert not any(state.requires_grad for state in tensors)
+    model(random_ids(2, 3), params)
+    model.step(random_ids(2, 1)[:, 0], params)
+    assert not any(state.requires_grad for state in states(params))
+    assert [state.data_ptr() for state in tensors] == [state.data_ptr() for state in states(params)]
+
+
+def test_training_on_a_continued_sequence_has_the_right_gradient(file):
+    model, params, ids = tiny(file).double(), file.module.InferenceParams(), random_ids(2, 12)
+    with torch.no_grad():
+        model(ids[:, :6], params)
+
+    def loss():
+        return model(ids[:, 6:], params.clone()).tanh().sum()
+
+    loss().backward()
+    slope, step = 0.0, 1e-6
+    with torch.no_grad():
+        directions = [torch.randn_like(p) for p in model.parameters()]
+        for sign in (1, -1):
+            for p, direction in zip(model.parameters(), directions, strict=True):
+                p.add_(sign * step * direction)
+            slope += sign * loss().item() / (2 * step)
+            for p, direction in zip(model.parameters(), directions, strict=True):
+                p.sub_(sign * step * direction)
+    wanted = sum((p.grad * direction).sum().item() for p, direction in zip(model.parameters(), directions, strict=True))
+    assert slope == pytest.approx(wanted, rel=1e-4)
+
+
+def break_last_layer(model):
+    weight = model.backbone.layers[-1].mixer.out_proj.weight
+    model.backbone.layers[-1].mixer.out_proj.weight = torch.nn.Parameter(weight.detach()[:, :3].clone())
+
+
+MISTAKES = {
+    "token out of range": lambda model, params: model(torch.tensor([[1, 5000], [2, 3]]), params),
+    "another batch size": lambda model, params: model(random_ids(3, 2), params),
+    "mask with holes": lambda model, params: model(
+        random_ids(2, 3), params, attention_mask=torch.tensor([[1, 0, 1]] * 2)
+    ),
+    "step out of range": lambda model, params: model.step(torch.tensor([1, 5000]), params),
+    "failure in the last layer": lambda model, params: (break_last_layer(model), model(random_ids(2, 3), params)),
+    "failure in the last layer, one token": lambda model, params: (
+        break_last_layer(model),
+        model(random_ids(2, 1), params),
+    ),
+    "failure in the last layer of a step": lambda model, params: (
+        break_last_layer(model),
+        model.step(random_ids(2, 1)[:, 0], params),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_an_error_leaves_the_cache_as_it_was(file, mistake):
+    model, params = tiny(file), file.module.InferenceParams()
+    logits_of(model, random_ids(2, 5), params)
+    before, offset = snapshot(params), params.seqlen_offset
+    with pytest.raises((ValueError, IndexError, TypeError, RuntimeError)), torch.no_grad():
+        mistake(model, params)
+    assert all(torch.equal(a, b) for a, b in zip(states(params), before, strict=True))
+    assert params.seqlen_offset == offset
+
+
+@pytest.mark.parametrize("mistake", [name for name in MISTAKES if name != "another batch size"])
+def test_an_error_leaves_an_empty_cache_empty(file, mistake):
+    model, params = tiny(file), file.module.InferenceParams()
+    with pytest.raises((ValueError, IndexError, TypeError, RuntimeError)), torch.no_grad():
+        MISTAKES[mistake](model, params)
+    assert params.key_value_memory_dict == {} and params.seqlen_offset == 0
+
+
+def test_inference_params_count_reset_clone_and_report(file):
+    model, params = tiny(file), file.module.InferenceParams()
+    logits_of(model, random_ids(2, 5), params)
+    with torch.no_grad():
+        model.step(random_ids(2, 1)[:, 0], params)
+    assert params.seqlen_offset == 6
+    info = model.get_cache_info(params)
+    assert info == params.get_cache_info()
+    assert info["cached_layers"] == 2 and info["total_tensors"] == 4 and info["seqlen_offset"] == 6
+    assert info["memory_mb"] == pytest.approx(
+        sum(s.numel() * s.element_size() for s in states(params)) / 2**20, rel=0.05
+    )
+
+    twin, before = params.clone(), snapshot(params)
+    logits_of(model, random_ids(2, 3), params)
+    assert_same_states(states(twin), before, 0)
+    assert twin.seqlen_offset == 6 and params.seqlen_offset == 9
+
+    ids = random_ids(3, 4, seed=1)  # another batch size
+    model.reset_cache(params)
+    twin.reset()
+    for cache in (params, twin):
+        assert cache.seqlen_offset == 0
+        assert torch.equal(logits_of(model, ids, cache), logits_of(model, ids, file.module.InferenceParams()))
+        assert cache.seqlen_offset == 4
+
+
+def test_the_state_is_as_large_after_1000_tokens_as_after_10(file):
+    model, params, sizes = tiny(file), file.module.InferenceParams(), []
+    for piece in random_ids(1, 1000).split([10, 900, 90], dim=1):
+        logits_of(model, piece, params)
+        sizes.append([(state.shape, state.untyped_storage().nbytes()) for state in states(params)])
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Initialisation and settings
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def fresh(file, **changes):
+    torch.manual_seed(0)
+    return file.LM(file.Config(**dict(d_model=256, n_layer=4, vocab_size=1000) | changes))
+
+
+def parameters_named(model, *endings):
+    found = [p.detach() for name, p in model.named_parameters() if name.endswith(endings)]
+    assert found
+    return found
+
+
+def test_each_channel_starts_with_decays_from_1_to_n_and_each_head_with_one_in_1_to_16(file):
+    for A_log in parameters_named(fresh(file, d_state=16), "A_log"):
+        if file.name == "mamba":
+            assert torch.allclose(A_log.exp(), torch.arange(1.0, 17).expand(512, 16), rtol=1e-6)
+        else:
+            assert A_log.shape == (8,) and A_log.exp().min() >= 1 and A_log.exp().max() <= 16.001
+
+
+def test_the_decays_of_heads_start_spread_over_the_given_range():
+    A = torch.cat(parameters_named(fresh(FILES["mamba2"], headdim=1, A_init_range=(2, 6)), "A_log")).exp()
+    assert A.min() >= 2 and A.max() <= 6.001
+    assert A.mean().item() == pytest.approx(4, abs=0.1) and A.std().item() == pytest.approx(4 / 12**0.5, abs=0.1)
+
+
+def test_skip_connections_and_norms_start_at_one(file):
+    for p in parameters_named(fresh(file), ".D", "norm.weight", "norm_f.weight"):
+        assert (p == 1).all()
+
+
+def test_dt_starts_log_uniform_between_its_bounds(file):
+    many_heads = dict(headdim=1) if file.name == "mamba2" else {}
+    dt = F.softplus(torch.cat(parameters_named(fresh(file, dt_min=0.01, dt_max=1.0, **many_heads), file.dt_bias)))
+    assert dt.min() >= 0.01 * 0.999 and dt.max() <= 1.0 * 1.001
+    log_dt = dt.log()
+    assert log_dt.mean().item() == pytest.approx(math.log(0.1), abs=0.15)
+    assert log_dt.std().item() == pytest.approx(math.log(100) / 12**0.5, abs=0.1)
+
+
+def test_dt_starts_no_lower_than_its_floor(file):
+    model = fresh(file, dt_min=1e-6, dt_max=1e-3, dt_init_floor=1e-4)
+    dt = F.softplus(torch.cat(parameters_named(model, file.dt_bias)))
+    assert dt.min().item() == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_dt_proj_starts_uniform_or_constant_at_the_scale_of_its_rank():
+    bound = 16**-0.5 * 0.5
+    for weight in parameters_named(fresh(FILES["mamba"], dt_scale=0.5), "dt_proj.weight"):
+        assert weight.shape == (512, 16) and weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    for weight in parameters_named(fresh(FILES["mamba"], dt_scale=0.5, dt_init="constant"), "dt_proj.weight"):
+        assert torch.allclose(weight, torch.tensor(bound))
+
+
+def test_embeddings_start_normal(file):
+    embedding = fresh(file).backbone.embeddings.weight.detach()
+    assert embedding.std().item() == pytest.approx(0.02, rel=0.02) and abs(embedding.mean().item()) < 1e-3
+    assert fresh(file, initializer_range=0.1).backbone.embeddings.weight.std().item() == pytest.approx(0.1, rel=0.02)
+
+
+def test_linear_biases_start_at_zero(file):
+    for p in parameters_named(fresh(file, bias=True), "in_proj.bias", "out_proj.bias"):
+        assert not p.any()
+
+
+def test_out_proj_starts_divided_by_the_root_of_the_depth(file):
+    for weight in parameters_named(fresh(file), "out_proj.weight"):
+        assert weight.abs().max() <= 512**-0.5 / 2 and weight.abs().max() >= 0.99 * 512**-0.5 / 2
+    for weight in parameters_named(fresh(file, n_layer=1), "out_proj.weight"):
+        assert weight.abs().max() >= 0.99 * 512**-0.5
+
+
+def test_weight_decay_is_off_for_states_steps_skips_and_norms_alone(file):
+    for name, p in fresh(file, bias=True, tie_embeddings=False).named_parameters():
+        exempt = name.endswith(("A_log", ".D", file.dt_bias, "norm.weight", "norm_f.weight"))
+        assert getattr(p, "_no_weight_decay", False) == exempt, name
+
+
+def test_tied_models_share_one_matrix(file):
+    tied, untied = tiny(file, tie_embeddings=True), tiny(file, tie_embeddings=False)
+    assert tied.lm_head.weight is tied.backbone.embeddings.weight
+    assert untied.lm_head.weight is not untied.backbone.embeddings.weight
+    assert (
+        sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters())
+        == 32 * untied.config.padded_vocab_size
+    )
+
+
+def test_the_vocabulary_is_padded_to_the_multiple(file):
+    assert tiny(file, vocab_size=97, pad_vocab_size_multiple=8).lm_head.weight.shape == (104, 32)
+    assert file.Config(vocab_size=10000, pad_vocab_size_multiple=8).padded_vocab_size == 10000
+    assert file.Config().padded_vocab_size == (50280 if file.name == "mamba" else 50288)
+
+
+def test_defaults_are_those_of_the_design(file):
+    c = file.Config()
+    common = dict(d_model=768, n_layer=24, vocab_size=50277, d_conv=4, expand=2, bias=False, conv_bias=True)
+    common |= dict(norm_epsilon=1e-5, residual_in_fp32=True, tie_embeddings=True, initializer_range=0.02)
+    common |= dict(dt_min=0.001, dt_max=0.1, dt_init_floor=1e-4, gradient_checkpointing=False, num_labels=2)
+    common |= dict(pooling_strategy="last", dropout=0.1)
+    if file.name == "mamba":
+        common |= dict(d_state=16, pad_vocab_size_multiple=8, dt_init="random", dt_scale=1.0, mixer_rms_eps=None)
+    else:
+        common |= dict(d_state=128, pad_vocab_size_multiple=16, headdim=64, ngroups=1, nheads=24)
+        common |= dict(dt_limit=(0, math.inf), A_init_range=(1, 16))
+    for field, value in common.items():
+        got = getattr(c, field)
+        assert (tuple(got) if isinstance(value, tuple) else got) == value, field
+
+
+def test_settings_survive_a_round_trip_through_json(file, tmp_path):
+    changes = dict(d_model=48, vocab_size=77, d_conv=3, bias=True, norm_epsilon=1e-6, tie_embeddings=False)
+    changes |= dict(mixer_rms_eps=1e-6, dt_rank=5) if file.name == "mamba" else dict(headdim=24, dt_limit=(0.01, 0.5))
+    for config in (file.Config(), file.Config(**changes)):
+        assert file.Config.from_dict(config.to_dict()) == config
+        assert file.Config.from_dict(json.loads(config.to_json_string())) == config
+        config.save_to_json(tmp_path / "settings.json")
+        assert file.Config.from_json(tmp_path / "settings.json") == config
+
+
+WRONG_SETTINGS = [
+    dict(d_model=0),
+    dict(d_model=-8),
+    dict(d_model="64"),
+    dict(d_model=64.5),
+    dict(n_layer=-1),
+    dict(vocab_size=0),
+    dict(pad_vocab_size_multiple=0),
+    dict(d_state=0),
+    dict(d_conv=0),
+    dict(expand=0),
+    dict(norm_epsilon=-1e-5),
+    dict(initializer_range=-0.1),
+    dict(dt_min=0.0),
+    dict(dt_max=-1.0),
+    dict(dt_min=0.5, dt_max=0.1),
+    dict(dt_init_floor=-1.0),
+    dict(num_labels=0),
+    dict(pooling_strategy="first"),
+    dict(dropout=1.5),
+]
+WRONG_SETTINGS_OF_ONE = {
+    "mamba": [dict(dt_rank="all"), dict(dt_rank=0), dict(d_inner=0), dict(dt_init="zeros"), dict(mixer_rms_eps=-1.0)],
+    "mamba2": [
+        dict(headdim=0),
+        dict(headdim=100),
+        dict(ngroups=0),
+        dict(ngroups=7),
+        dict(chunk_size=0),
+        dict(dt_limit=(0.5, 0.1)),
+        dict(A_init_range=(0, 16)),
+        dict(A_init_range=(16, 1)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [(name, c) for name in FILES for c in WRONG_SETTINGS + WRONG_SETTINGS_OF_ONE[name]],
+    ids=lambda v: v if isinstance(v, str) else ",".join(f"{k}={w}" for k, w in v.items()),
+)
+def test_a_wrong_setting_is_named(name, changes):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        FILES[name].Config(**changes)
+    message = str(caught.value)
+    assert any(field in message and str(value).strip("()") in message for field, value in changes.items())
+
+
+def test_an_unknown_setting_is_named(file):
+    with pytest.raises((ValueError, TypeError), match="n_layers"):
+        file.Config(n_layers=3)
+    with pytest.raises((ValueError, TypeError), match="n_layers"):
+        file.Config.from_dict({"n_layers": 3})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def same_weights(a, b):
+    """Whether two models hold the same tensors, bit by bit, under the same names."""
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("settings", ODD_SETTINGS)
+def test_a_checkpoint_of_transformers_has_the_same_weights_here(settings, ours_for):
+    ours, theirs = ours_for(settings, 0.1), theirs_for(settings, 0.1)
+    assert same_weights(ours, theirs)
+    assert ours.config.padded_vocab_size == VOCAB
+    assert ours.config.tie_embeddings == theirs.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("settings", ODD_SETTINGS)
+def test_a_checkpoint_of_ours_loads_in_transformers(settings, ours_for, tmp_path):
+    ours, ids = ours_for(settings, 0.1), random_ids(2, 65)
+    ours.save_pretrained(tmp_path)
+    theirs, info = TRANSFORMERS[ODD_SETTINGS[settings][0]][1].from_pretrained(tmp_path, output_loading_info=True)
+    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+    assert same_weights(ours, theirs)
+    assert torch.equal(their_logits(theirs, ids), their_logits(theirs_for(settings, 0.1), ids))
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)) is type(theirs)
+
+
+def test_a_model_born_here_loads_in_transformers(file, tmp_path):
+    chunk_size = dict(chunk_size=64) if file.name == "mamba2" else {}  # the default: checkpoints' is not read
+    model = tiny(file, vocab_size=97, pad_vocab_size_multiple=8, bias=True, **chunk_size)
+    ids = random_ids(2, 40, vocab=97)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert theirs.config.vocab_size == 104
+    assert error(logits_of(model, ids), their_logits(theirs, ids)) <= 2e-6
+    again = file.LM.from_pretrained(tmp_path)
+    assert same_weights(again, model) and again.config == model.config
+
+
+@pytest.mark.parametrize("settings", ["mamba", "falcon_mamba", "mamba2"])
+def test_sharded_checkpoints_load(settings, tmp_path):
+    theirs = theirs_for(settings, 0.1)
+    theirs.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert (tmp_path / "model.safetensors.index.json").exists() and len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert same_weights(file_for(settings).LM.from_pretrained(tmp_path), theirs)
+
+
+def with_bin_weights(directory, theirs, shards=1):
+    """Store the weights of a transformers model as its older releases did."""
+    theirs.config.save_pretrained(directory)
+    items = list(theirs.state_dict().items())
+    if shards == 1:
+        torch.save(dict(items), directory / "pytorch_model.bin")
+        return directory
+    names = [f"pytorch_model-{i + 1:05}-of-{shards:05}.bin" for i in range(shards)]
+    for i, name in enumerate(names):
+        torch.save(dict(items[i::shards]), directory / name)
+    weight_map = {key: names[i % shards] for i, (key, _) in enumerate(items)}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return directory
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("settings", ["mamba", "falcon_mamba", "mamba2"])
+def test_checkpoints_in_pytorch_bin_files_load(settings, shards, tmp_path):
+    theirs = theirs_for(settings, 0.1)
+    assert same_weights(file_for(settings).LM.from_pretrained(with_bin_weights(tmp_path, theirs, shards)), theirs)
+
+
+def test_a_pickle_that_runs_code_is_refused(file, tmp_path):
+    model = tiny(file)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+
+    class Payload:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+
+    torch.save({"backbone.norm_f.weight": Payload()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises((pickle.UnpicklingError, ValueError, RuntimeError)):
+        file.LM.from_pretrained(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def in_state_spaces_format(directory, theirs, with_head=True, **changes):
+    """Store a transformers model as state-spaces/mamba does; its vocabulary of 96 holds 93 tokens and padding."""
+    c, directory = theirs.config, Path(directory)
+    ssm_cfg = dict(
+        d_state=c.state_size, d_conv=c.conv_kernel, expand=c.expand, bias=c.use_bias, conv_bias=c.use_conv_bias
+    )
+    if c.model_type == "mamba2":
+        ssm_cfg |= dict(layer="Mamba2", headdim=c.head_dim, ngroups=c.n_groups, chunk_size=c.chunk_size)
+        ssm_cfg |= dict(dt_limit=[0.0, math.inf])
+    config = dict(d_model=c.hidden_size, n_layer=c.num_hidden_layers, vocab_size=93, ssm_cfg=ssm_cfg, rms_norm=True)
+    config |= dict(d_intermediate=0, attn_layer_idx=[], attn_cfg={}, residual_in_fp32=True, fused_add_norm=True)
+    config |= dict(pad_vocab_size_multiple=16, tie_embeddings=c.tie_word_embeddings)
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    weights = {k.replace("embeddings.", "embedding."): v for k, v in theirs.state_dict().items()}
+    if not with_head:
+        del weights["lm_head.weight"]
+    torch.save(weights, directory / "pytorch_model.bin")
+    return directory
+
+
+STATE_SPACES_SETTINGS = [
+    "mamba",
+    "mamba expand 3, conv 3",
+    "mamba expand 1, conv 2",
+    "mamba2",
+    "mamba2 expand 1, conv 2",
+]
+
+
+@pytest.mark.parametrize("settings", STATE_SPACES_SETTINGS)
+def test_the_format_of_state_spaces_gives_the_same_logits(settings, tmp_path):
+    LM, ids = file_for(settings).LM, random_ids(2, 65, vocab=93)
+    theirs = transformers_model(settings, 0.1, vocab_size=96)
+    theirs.save_pretrained(tmp_path / "transformers")
+    model = LM.from_pretrained(in_state_spaces_format(tmp_path / "state-spaces", theirs))
+    assert same_weights(model, theirs)
+    assert torch.equal(logits_of(model, ids), logits_of(LM.from_pretrained(tmp_path / "transformers"), ids))
+    assert error(logits_of(model, ids), their_logits(theirs, ids)) <= 2e-6
+    assert model.config.vocab_size == 93 and model.config.padded_vocab_size == 96
+
+
+@pytest.mark.parametrize("settings", ["mamba", "mamba2 expand 1, conv 2"])
+def test_a_tied_checkpoint_may_lack_the_head(settings, tmp_path):
+    theirs = transformers_model(settings, 0.1, vocab_size=96)
+    directory = in_state_spaces_format(tmp_path, theirs, with_head=False)
+    assert same_weights(file_for(settings).LM.from_pretrained(directory), theirs)
+
+
+@pytest.mark.parametrize("settings, ssm_cfg", [("mamba", {}), ("mamba", None), ("mamba2", {"layer": "Mamba2"})])
+def test_an_empty_ssm_cfg_means_the_defaults_of_state_spaces(settings, ssm_cfg, tmp_path):
+    ids, fields = random_ids(2, 40, vocab=93), dict(vocab_size=96, tie_word_embeddings=True)
+    if settings == "mamba2":
+        fields |= dict(num_heads=2, head_dim=64, n_groups=1, state_size=128)
+    theirs, LM = transformers_model(settings, 0.1, **fields), file_for(settings).LM
+    theirs.save_pretrained(tmp_path / "transformers")
+    model = LM.from_pretrained(in_state_spaces_format(tmp_path / "state-spaces", theirs, ssm_cfg=ssm_cfg))
+    assert torch.equal(logits_of(model, ids), logits_of(LM.from_pretrained(tmp_path / "transformers"), ids))
+
+
+def edit_json(path, remove=(), **changes):
+    fields = json.loads(path.read_text())
+    fields.update(changes)
+    path.write_text(json.dumps({k: v for k, v in fields.items() if k not in remove}))
+
+
+@pytest.mark.parametrize("settings", ["mamba", "falcon_mamba", "mamba2"])
+def test_absent_fields_take_the_defaults_of_transformers(settings, tmp_path):
+    config_class, model_class = TRANSFORMERS[settings]
+    sizes = dict(hidden_size=32, vocab_size=VOCAB)
+    if settings == "mamba2":
+        sizes |= dict(num_heads=8, head_dim=8)
+    torch.manual_seed(0)
+    theirs = randomise(model_class(config_class(**sizes)), 0.02)
+    theirs.save_pretrained(tmp_path)
+    LM, ids = file_for(settings).LM, random_ids(2, 70)
+    with_all_fields = LM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": settings}))
+    model = LM.from_pretrained(tmp_path)
+    assert same_weights(model, theirs)
+    assert model.config == with_all_fields.config and model.config.tie_embeddings == (settings != "mamba2")
+    assert torch.equal(logits_of(model, ids), logits_of(with_all_fields, ids))
+
+
+@pytest.mark.parametrize("infinity", [math.inf, {"__float__": "Infinity"}])
+def test_every_spelling_of_infinity_is_read(infinity, tmp_path):
+    theirs = theirs_for("mamba2 chunk 256", 0.1)
+    theirs.save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", time_step_limit=[0.1, infinity])
+    model = mamba2.Mamba2ForCausalLM.from_pretrained(tmp_path)
+    assert tuple(model.config.dt_limit) == (0.1, math.inf)
+
+
+def test_model_type_decides_where_a_config_holds_the_fields_of_both_formats(tmp_path):
+    theirs, ids = theirs_for("mamba expand 3, conv 3", 0.1), random_ids(2, 40)
+    theirs.save_pretrained(tmp_path)
+    edit_json(
+        tmp_path / "config.json", d_model=999, n_layer=9, ssm_cfg={}, d_inner=77, rms_norm=True, fused_add_norm=True
+    )
+    assert error(logits_of(mamba.MambaForCausalLM.from_pretrained(tmp_path), ids), their_logits(theirs, ids)) <= 2e-6
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_stored_type_is_kept_unless_another_is_asked_for(file, stored, tmp_path):
+    model = tiny(file).to(stored)
+    model.save_pretrained(tmp_path)
+    assert same_weights(file.LM.from_pretrained(tmp_path), model)
+    for wanted in (torch.float32, torch.bfloat16):
+        loaded = file.LM.from_pretrained(tmp_path, dtype=wanted)
+        assert {p.dtype for p in loaded.parameters()} == {wanted}
+        assert same_weights(loaded, copy.deepcopy(model).to(wanted))
+    assert {p.dtype for p in transformers.AutoModelForCausalLM.from_pretrained(tmp_path).parameters()} == {stored}
+
+
+def test_a_loaded_model_does_not_depend_on_its_files(file, tmp_path):
+    model, ids = tiny(file), random_ids(1, 10)
+    model.save_pretrained(tmp_path / "model")
+    loaded = file.LM.from_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "model")
+    assert torch.equal(logits_of(loaded, ids), logits_of(model, ids))
+
+
+def test_loaded_models_are_ready_for_inference_and_training(file, tmp_path):
+    tiny(file).save_pretrained(tmp_path)
+    loaded = file.LM.from_pretrained(tmp_path)
+    assert not loaded.training
+    assert all(p.requires_grad for p in loaded.parameters())
+    assert loaded.lm_head.weight is loaded.backbone.embeddings.weight
+    exempt = {name for name, p in tiny(file).named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert exempt == {name for name, p in loaded.named_parameters() if getattr(p, "_no_weight_decay", False)}
+
+
+def listing(directory):
+    return {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+
+
+def full_disk(tensors, filename, *args, **kwargs):
+    Path(filename).write_bytes(b"half a file")
+    raise OSError("No space left on device")
+
+
+def fail_on_call(number, function):
+    """A function that does its work until its call of this number, which raises."""
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == number:
+            raise OSError("Input/output error")
+        return function(*args, **kwargs)
+
+    return failing
+
+
+def break_tensors(model, monkeypatch):
+    for function in ("save_file", "save_model"):
+        monkeypatch.setattr(safetensors.torch, function, full_disk)
+
+
+def break_config(model, monkeypatch):
+    model.config.eos_token_id = object()  # no JSON
+
+
+def break_first_rename(model, monkeypatch):
+    monkeypatch.setattr(os, "replace", fail_on_call(1, os.replace))
+
+
+def break_second_rename(model, monkeypatch):
+    monkeypatch.setattr(os, "replace", fail_on_call(2, os.replace))
+
+
+@pytest.mark.parametrize("breaking", [break_tensors, break_config, break_first_rename, break_second_rename])
+def test_a_failed_save_leaves_the_old_checkpoint_as_it_was(file, breaking, tmp_path, monkeypatch):
+    directory = tmp_path / "model"
+    tiny(file).save_pretrained(directory)
+    (directory / "README.md").write_text("kept")
+    before, model = listing(directory), tiny(file, noise=0.3, d_state=4)
+    breaking(model, monkeypatch)
+    with pytest.raises((OSError, TypeError, ValueError)):
+        model.save_pretrained(directory)
+    assert listing(directory) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_first_save_leaves_no_files(file, tmp_path, monkeypatch):
+    break_tensors(None, monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        tiny(file).save_pretrained(tmp_path / "model")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_saving_over_a_sharded_checkpoint_replaces_it_and_keeps_other_files(file, tmp_path):
+    old = transformers_model(file.name, 0.3)
+    old.save_pretrained(tmp_path, max_shard_size="50KB")
+    (tmp_path / "README.md").write_text("kept")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    new = tiny(file)
+    new.save_pretrained(tmp_path)
+    assert same_weights(file.LM.from_pretrained(tmp_path), new)
+    assert same_weights(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), new)
+    assert (tmp_path / "README.md").read_text() == "kept" and (tmp_path / "tokenizer.json").exists()
+
+
+REFUSED_BY_BOTH = {
+    "hybrid with attention": ("state-spaces", dict(attn_layer_idx=[1]), "attn_layer_idx"),
+    "hybrid with an MLP": ("state-spaces", dict(d_intermediate=128), "d_intermediate"),
+    "layer norm": ("state-spaces", dict(rms_norm=False), "rms_norm"),
+    "another activation": ("transformers", dict(hidden_act="gelu"), "hidden_act"),
+    "quantised": ("transformers", dict(quantization_config={"quant_method": "bitsandbytes"}), "quantization_config"),
+    "another architecture": ("transformers", dict(model_type="gpt2"), "gpt2"),
+    "Mamba-3": ("state-spaces", dict(ssm_cfg={"layer": "Mamba3"}), "Mamba-?3"),
+    "unknown layer": ("state-spaces", dict(ssm_cfg={"layer": "Hyena"}), "Hyena"),
+}
+REFUSED_BY_ONE = {
+    "mamba": {
+        "the other file's model": ("transformers", dict(model_type="mamba2"), "mamba2"),
+        "the other file's layer": ("state-spaces", dict(ssm_cfg={"layer": "Mamba2"}), "mamba2"),
+        "unknown field of ssm_cfg": ("state-spaces", dict(ssm_cfg={"d_stat": 16}), "d_stat"),
+    },
+    "mamba2": {
+        "the other file's model": ("transformers", dict(model_type="mamba"), r"mamba\b"),
+        "falcon": ("transformers", dict(model_type="falcon_mamba"), "falcon_mamba"),
+        "the other file's layer": ("state-spaces", dict(ssm_cfg={"layer": "Mamba1"}), r"mamba\b"),
+        "the other file's default": ("state-spaces", dict(ssm_cfg={}), r"mamba\b"),
+        "unknown field of ssm_cfg": ("state-spaces", dict(ssm_cfg={"layer": "Mamba2", "d_stat": 16}), "d_stat"),
+        "norm before the gate": (
+            "state-spaces",
+            dict(ssm_cfg={"layer": "Mamba2", "norm_before_gate": True}),
+            "norm_before_gate",
+        ),
+        "D per channel": ("state-spaces", dict(ssm_cfg={"layer": "Mamba2", "D_has_hdim": True}), "D_has_hdim"),
+        "part without scan": ("state-spaces", dict(ssm_cfg={"layer": "Mamba2", "d_ssm": 64}), "d_ssm"),
+    },
+}
+REFUSED = [(name, kind) for name in FILES for kind in (REFUSED_BY_BOTH | REFUSED_BY_ONE[name])]
+
+
+@pytest.mark.parametrize("name, kind", REFUSED)
+def test_a_checkpoint_of_another_kind_is_refused(name, kind, tmp_path):
+    style, changes, message = (REFUSED_BY_BOTH | REFUSED_BY_ONE[name])[kind]
+    file = FILES[name]
+    theirs = transformers_model(name, 0.1, vocab_size=96, tie_word_embeddings=True)
+    if style == "state-spaces":
+        in_state_spaces_format(tmp_path, theirs, **changes)
+    else:
+        theirs.save_pretrained(tmp_path)
+        edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        file.LM.from_pretrained(tmp_path)
+
+
+def edit_weights(directory, edit):
+    path = directory / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    edit(weights)
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+
+
+WRONG_WEIGHTS = {
+    "missing": ("layers.1.mixer.A_log", lambda w: w.pop("backbone.layers.1.mixer.A_log")),
+    "extra": ("layers.2.norm.weight", lambda w: w.update({"backbone.layers.2.norm.weight": torch.ones(32)})),
+    "misshapen": ("layers.0.mixer.D", lambda w: w.update({"backbone.layers.0.mixer.D": torch.ones(3)})),
+    "no embedding": ("embedding", lambda w: w.pop(next(k for k in w if "embedding" in k))),
+}
+
+
+@pytest.mark.parametrize("name, edit", WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
+def test_wrong_tensors_are_named(file, name, edit, tmp_path):
+    tiny(file).save_pretrained(tmp_path)
+    edit_weights(tmp_path, edit)
+    with pytest.raises((ValueError, RuntimeError, KeyError), match=re.escape(name)):
+        file.LM.from_pretrained(tmp_path)
+
+
+def test_an_untied_checkpoint_without_head_is_refused(file, tmp_path):
+    tiny(file, tie_embeddings=False).save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda w: w.pop("lm_head.weight"))
+    with pytest.raises((ValueError, RuntimeError, KeyError), match=r"lm_head\.weight"):
+        file.LM.from_pretrained(tmp_path)
+
+
+def test_a_directory_without_config_or_weights_says_which_file_is_missing(file, tmp_path):
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        file.LM.from_pretrained(tmp_path)
+    tiny(file).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises((OSError, ValueError), match=r"model\.safetensors"):
+        file.LM.from_pretrained(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generation
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def with_fixed_logits(file, logits, **changes):
+    """A model that gives these logits at every position whatever came before."""
+    model = tiny(file, d_model=16, n_layer=1, vocab_size=len(logits), tie_embeddings=False, **changes)
+    for name, p in model.named_parameters():
+        if "out_proj" in name:
+            p.zero_()
+    model.backbone.embeddings.weight.fill_(1.0)
+    model.backbone.norm_f.weight.fill_((1 + model.config.norm_epsilon) ** 0.5)
+    model.lm_head.weight.fill_(3.0)  # what stands in the padding of the vocabulary must not matter
+    model.lm_head.weight[: len(logits)] = logits[:, None] / 16
+    assert torch.allclose(model(random_ids(1, 2, vocab=3))[0, 1, : len(logits)], logits, atol=1e-5)
+    return model
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+SAMPLING = [
+    dict(),
+    dict(temperature=0.7),
+    dict(temperature=1.5),
+    dict(top_k=1),
+    dict(top_k=5),
+    dict(top_k=3),  # a tie at the border
+    dict(top_k=1000),
+    dict(top_p=0.8),
+    dict(top_p=0.31),
+    dict(top_p=1e-6),
+    dict(top_k=6, top_p=0.9),
+    dict(temperature=0.6, top_k=7, top_p=0.85),
+    dict(temperature=1.4, top_p=0.7),
+]
+
+
+@pytest.mark.parametrize("options", SAMPLING, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()) or "plain")
+def test_sampling_keeps_the_tokens_that_transformers_keeps(file, options):
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.9, 0.9, -0.3, 1.7, 0.1, -0.7, 0.6])
+    if "top_p" in options:
+        logits[5] = 0.85  # the order of ties is nobody's promise
+    model = with_fixed_logits(file, logits)
+    ids = model.generate(torch.zeros(500, 1, dtype=torch.long), max_new_tokens=8, generator=generator(), **options)
+    counts = torch.bincount(ids[:, 1:].flatten(), minlength=16)
+
+    warped = TemperatureLogitsWarper(float(options.get("temperature", 1.0)))(None, logits[None])
+    if "top_k" in options:
+        warped = TopKLogitsWarper(options["top_k"])(None, warped)
+    if "top_p" in options:
+        warped = TopPLogitsWarper(options["top_p"])(None, warped)
+    probabilities = F.pad(warped[0].softmax(-1), (0, 16 - len(logits)))
+    assert (counts > 0).tolist() == (probabilities > 0).tolist()
+    deviation = (4000 * probabilities * (1 - probabilities)).sqrt()
+    assert ((counts - 4000 * probabilities).abs() <= 5 * deviation + 1e-3).all()
+
+
+def test_padding_of_the_vocabulary_is_never_generated(file, tmp_path):
+    logits = torch.full((11,), -2.0)
+    model = with_fixed_logits(file, logits, pad_vocab_size_multiple=8)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["unpadded_vocab_size"] == 11
+    loaded = file.LM.from_pretrained(tmp_path)
+    for m in (model, loaded):
+        prompt = torch.zeros(50, 2, dtype=torch.long)
+        assert logits_of(m, prompt)[..., 11:].min() > 0  # the padding would win
+        assert m.generate(prompt, max_new_tokens=5, generator=generator()).max() < 11
+        assert m.generate(prompt, max_new_tokens=5, temperature=0).max() < 11
+        assert (
+            m.generate(prompt, max_new_tokens=5, temperature=2.0, top_k=5, top_p=0.9, generator=generator()).max() < 11
+        )
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(), dict(temperature=1.3, top_k=20, top_p=0.9)])
+def test_one_seed_gives_one_text_with_and_without_cache(file, options):
+    model, ids = tiny(file), random_ids(3, 10)
+    texts = [
+        model.generate(ids, max_new_tokens=20, use_cache=use_cache, generator=generator(5), **options).tolist()
+        for use_cache in (True, False, True)
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_different_seeds_give_different_texts(file):
+    model, ids = tiny(file), random_ids(1, 10)
+    texts = {tuple(model.generate(ids, max_new_tokens=20, generator=generator(s))[0].tolist()) for s in range(5)}
+    assert len(texts) == 5
+
+
+def test_without_a_generator_the_global_seed_decides(file):
+    model, ids, texts = tiny(file), random_ids(1, 10), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        texts.append(model.generate(ids, max_new_tokens=10).tolist())
+    assert texts[0] == texts[1]
+
+
+def test_generate_gives_the_prompt_and_the_new_ids(file):
+    model, ids = tiny(file), random_ids(2, 10)
+    out = model.generate(ids)
+    assert out.shape == (2, 60) and out.dtype == ids.dtype and torch.equal(out[:, :10], ids)
+    assert torch.equal(model.generate(ids, max_new_tokens=0), ids)
+    assert not out.requires_grad
+
+
+def test_generate_ends_rows_as_transformers_does(file, ours_for):
+    settings = file.name
+    ids, theirs, ours = random_ids(4, 12), theirs_for(settings, 0.3), ours_for(settings, 0.3)
+    theirs.generation_config.eos_token_id = None
+    mask = torch.ones_like(ids)
+    free = theirs.generate(ids, max_new_tokens=30, do_sample=False, attention_mask=mask)[:, 12:]
+    for eos in (free[0, 3].item(), free[1, 10].item(), free[2, 0].item()):
+        options = dict(eos_token_id=eos, pad_token_id=eos, attention_mask=mask)
+        wanted = theirs.generate(ids, max_new_tokens=30, do_sample=False, **options)
+        got = ours.generate(ids, max_new_tokens=30, temperature=0, eos_token_id=eos)
+        assert got.tolist() == wanted.tolist()
+
+
+def test_generation_stops_once_every_row_ended(file):
+    logits = torch.zeros(8)
+    logits[5] = 100.0
+    out = with_fixed_logits(file, logits).generate(random_ids(3, 4, vocab=5), max_new_tokens=20, eos_token_id=5)
+    assert out.shape == (3, 5) and (out[:, 4] == 5).all()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_generates_what_each_row_generates_alone(file, side, use_cache):
+    model = tiny(file, noise=0.3, bias=True)
+    ids, mask, rows = padded_batch([20, 11, 3, 1], side)
+    out = model.generate(ids, max_new_tokens=12, temperature=0, attention_mask=mask, use_cache=use_cache)
+    assert torch.equal(out[:, :20], ids)
+    for i, row in enumerate(rows):
+        alone = model.generate(row, max_new_tokens=12, temperature=0)[0, row.shape[1] :]
+        assert out[i, 20:].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(top_k=20)])
+def test_a_stream_of_one_row_yields_the_ints_that_generate_gives(file, options):
+    model, ids = tiny(file), random_ids(1, 10)
+    tokens = list(model.stream(ids, max_new_tokens=15, generator=generator(), **options))
+    assert all(type(token) is int for token in tokens)
+    assert tokens == model.generate(ids, max_new_tokens=15, generator=generator(), **options)[0, 10:].tolist()
+
+
+def test_a_stream_of_several_rows_yields_the_columns_that_generate_gives(file):
+    model, ids = tiny(file, noise=0.3), random_ids(3, 10)
+    eos = model.generate(ids, max_new_tokens=15, temperature=0)[1, 14].item()
+    for options in (dict(), dict(eos_token_id=eos)):
+        columns = list(model.stream(ids, max_new_tokens=15, temperature=0, **options))
+        wanted = model.generate(ids, max_new_tokens=15, temperature=0, **options)[:, 10:]
+        assert torch.stack(columns, dim=1).tolist() == wanted.tolist()
+
+
+def test_a_stream_yields_each_token_as_it_comes(file):
+    model, ids = tiny(file), random_ids(1, 10)
+    stream = model.stream(ids, max_new_tokens=10**9)
+    assert len([next(stream) for _ in range(5)]) == 5
+
+
+def test_generation_works_in_training_mode_and_keeps_it(file):
+    model, ids = tiny(file).train(), random_ids(1, 5)
+    model.generate(ids, max_new_tokens=2)
+    assert model.training
+
+
+def test_a_long_prompt_is_read_in_segments(file):
+    model, ids, longest = tiny(file, d_model=16, n_layer=1), random_ids(1, 30_000), []
+    model.backbone.layers[0].register_forward_pre_hook(lambda layer, args: longest.append(args[0].shape[1]))
+    got = model.generate(ids, max_new_tokens=1, temperature=0)[0, -1]
+    assert max(longest) < 30_000
+    wanted = logits_of(model, ids, num_last_tokens=1)[0, -1, :VOCAB].argmax()
+    assert got == wanted
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_long_padded_prompt_is_read_like_its_rows_alone(file, side):
+    model = tiny(file, d_model=16, n_layer=1, noise=0.3, bias=True)
+    ids, mask, rows = padded_batch([9000, 4500, 20], side)
+    out = model.generate(ids, max_new_tokens=3, temperature=0, attention_mask=mask)[:, 9000:]
+    for row, got in zip(rows, out, strict=True):
+        assert got.tolist() == model.generate(row, max_new_tokens=3, temperature=0)[0, row.shape[1] :].tolist()
+
+
+@on_each_device
+def test_half_precision_models_generate_on_each_device(file, device):
+    model = tiny(file).to(device, torch.bfloat16)
+    ids = random_ids(2, 10, device=device)
+    out = model.generate(ids, max_new_tokens=5)
+    assert out.shape == (2, 15) and out.device == ids.device
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors: one clear one each, naming the argument
+# ----------------------------------------------------------------------------------------------------------------------
+
+WRONG_CALLS = {
+    "ids of one dimension": ("input_ids", lambda m, p: m(torch.tensor([1, 2, 3]))),
+    "ids of four dimensions": ("input_ids", lambda m, p: m(torch.zeros(1, 2, 3, 4, dtype=torch.long))),
+    "fractional ids": ("input_ids", lambda m, p: m(torch.rand(2, 3))),
+    "boolean ids": ("input_ids", lambda m, p: m(torch.ones(2, 3, dtype=torch.bool))),
+    "embeddings of another width": ("input_ids", lambda m, p: m(torch.randn(2, 3, 31))),
+    "integer embeddings": ("input_ids", lambda m, p: m(torch.ones(2, 3, 32, dtype=torch.long))),
+    "an id too large": ("5000", lambda m, p: m(torch.tensor([[1, 5000]]))),
+    "the first id too large": ("104|112", lambda m, p: m(torch.tensor([[1, m.config.padded_vocab_size]]))),
+    "a negative id": ("-1", lambda m, p: m(torch.tensor([[1, -1]]))),
+    "labels of another shape": ("labels", lambda m, p: m(random_ids(2, 5), labels=random_ids(2, 4))),
+    "labels out of range": ("labels", lambda m, p: m(random_ids(2, 5), labels=random_ids(2, 5) + 5000)),
+    "fractional labels": ("labels", lambda m, p: m(random_ids(2, 5), labels=torch.rand(2, 5))),
+    "a mask of another shape": ("attention_mask", lambda m, p: m(random_ids(2, 5), attention_mask=torch.ones(2, 4))),
+    "a mask of twos": ("attention_mask", lambda m, p: m(random_ids(2, 5), attention_mask=torch.full((2, 5), 2))),
+    "a negative count": ("num_last_tokens", lambda m, p: m(random_ids(2, 5), num_last_tokens=-1)),
+    "a cache of another batch size": ("batch", lambda m, p: m(random_ids(3, 1), p)),
+    "a step with a cache of another batch size": ("batch", lambda m, p: m.step(random_ids(3, 1)[:, 0], p)),
+    "a step of two dimensions": ("token_ids", lambda m, p: m.step(random_ids(2, 1), p)),
+    "a step of fractional ids": ("token_ids", lambda m, p: m.step(torch.rand(2), p)),
+    "a step with an id too large": ("5000", lambda m, p: m.step(torch.tensor([1, 5000]), p)),
+    "a negative number of tokens": ("max_new_tokens", lambda m, p: m.generate(random_ids(2, 5), max_new_tokens=-1)),
+    "a negative temperature": ("temperature", lambda m, p: m.generate(random_ids(2, 5), temperature=-0.5)),
+    "temperature nan": ("temperature", lambda m, p: m.generate(random_ids(2, 5), temperature=math.nan)),
+    "a negative top_k": ("top_k", lambda m, p: m.generate(random_ids(2, 5), top_k=-1)),
+    "top_p over one": ("top_p", lambda m, p: m.generate(random_ids(2, 5), top_p=1.5)),
+    "top_p zero": ("top_p", lambda m, p: m.generate(random_ids(2, 5), top_p=0.0)),
+    "an empty prompt": ("input_ids", lambda m, p: m.generate(random_ids(2, 0))),
+    "a prompt of embeddings": ("input_ids", lambda m, p: m.generate(torch.randn(2, 3, 32))),
+    "a stream with top_p over one": ("top_p", lambda m, p: next(m.stream(random_ids(1, 5), top_p=1.5))),
+    "a mask for another prompt": (
+        "attention_mask",
+        lambda m, p: m.generate(random_ids(2, 5), attention_mask=torch.ones(2, 4)),
+    ),
+}
+
+
+@pytest.mark.parametrize("message, call", WRONG_CALLS.values(), ids=WRONG_CALLS)
+def test_a_wrong_argument_is_named(file, message, call):
+    model, params = tiny(file), file.module.InferenceParams()
+    logits_of(model, random_ids(2, 3), params)
+    with pytest.raises((ValueError, TypeError, IndexError), match=message):
+        call(model, params)
+
+
+def test_a_cache_of_another_model_is_refused(file):
+    params = file.module.InferenceParams()
+    logits_of(tiny(file), random_ids(2, 3), params)
+    for other in (tiny(file, d_model=64), tiny(file, d_state=4), tiny(file, d_conv=3)):
+        before = snapshot(params)
+        with pytest.raises(ValueError, match="inference_params"):
+            other(random_ids(2, 3), params)
+        assert_same_states(states(params), before, 0)
+
+
+def test_ids_may_be_int32(file):
+    model, ids = tiny(file), random_ids(2, 5)
+    assert torch.equal(logits_of(model, ids.int()), logits_of(model, ids))
+
+
+def test_an_input_of_another_width_is_refused_by_layer_and_encoder(file):
+    config = tiny(file).config
+    for module in (file.Mixer(config), file.Encoder(config)):
+        with pytest.raises((ValueError, RuntimeError), match="32"):
+            module(torch.randn(2, 3, 31))
+
+
+def run(*command, cwd=ROOT, stdin="", **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        check=False,
+        cwd=cwd,
+        input=stdin,
+        env=os.environ
+        | {"PYTHONPATH": "", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+        | {k: str(v) for k, v in environment.items()},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize(
+    "no_network",
+    ["HF_HUB_OFFLINE", pytest.param("HF_ENDPOINT", marks=pytest.mark.slow)],  # huggingface_hub retries
+)
+def test_without_network_a_hub_name_gives_one_clear_error(file, no_network, tmp_path):
+    value = "1" if no_network == "HF_HUB_OFFLINE" else "http://127.0.0.1:9"
+    code = f"""
+import {file.name}
+try:
+    {file.name}.{file.LM.__name__}.from_pretrained("state-spaces/no-such-model")
+except (OSError, ValueError) as error:
+    print(type(error).__name__, error)
+"""
+    done = run("-c", code, HF_HOME=tmp_path, **{no_network: value})
+    assert done.returncode == 0, done.stderr
+    assert "state-spaces/no-such-model" in done.stdout
+    assert re.search("network|offline|connect|reach|download", done.stdout)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two files as files
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def sections(file):
+    """The numbered parts of a file: number -> source, taken from its banners."""
+    source = (ROOT / f"{file.name}.py").read_text(encoding="utf-8")
+    parts = re.split(r"(?m)^# (\d)\. ", source)
+    return {int(number): text for number, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def as_if_mamba(source):
+    """The lines of a source with Mamba2 replaced by Mamba, aliases left out."""
+    lines = re.sub(r"Mamba-?2", "Mamba", source).replace("mamba2", "mamba").splitlines()
+    return [line for line in lines if not re.fullmatch(r"(\w+ = )+\w+(  # .*)?", line)]
+
+
+@pytest.mark.parametrize("part", [5, 6, 7, 8])
+def test_the_shared_parts_are_the_same_in_both_files(part):
+    one, two = (as_if_mamba(sections(FILES[name])[part]) for name in ("mamba", "mamba2"))
+    assert one == two
+
+
+def test_the_cache_is_the_same_in_both_files():
+    one, two = (as_if_mamba(inspect.getsource(FILES[name].module.InferenceParams)) for name in ("mamba", "mamba2"))
+    assert one == two
+
+
+def test_a_file_alone_in_a_directory_imports_without_transformers(file, tmp_path):
+    shutil.copy(ROOT / f"{file.name}.py", tmp_path)
+    code = f"""
+import sys, {file.name}, torch
+model = {file.name}.{file.LM.__name__}({file.name}.{file.Config.__name__}(d_model=64, n_layer=1, vocab_size=50))
+print(model(torch.zeros(1, 3, dtype=torch.long)).shape[:2], len(model.generate(torch.zeros(1, 3, dtype=torch.long))[0]))
+print([name for name in sys.modules if name.split(".")[0] in ("transformers", "huggingface_hub", "mamba_ssm")])
+"""
+    done = run("-c", code, cwd=tmp_path)
+    assert done.stdout.splitlines() == ["torch.Size([1, 3]) 53", "[]"], done.stderr
+    assert done.stderr == ""
+
+
+def test_the_files_import_only_what_they_may(file):
+    source = (ROOT / f"{file.name}.py").read_text(encoding="utf-8")
+    at_top = set(re.findall(r"(?m)^(?:import|from) (\w+)", source))
+    anywhere = set(re.findall(r"(?m)^\s*(?:import|from) (\w+)", source))
+    assert at_top <= {"torch", "einops"} | set(sys.stdlib_module_names)
+    for_checkpoints = {"transformers", "huggingface_hub", "safetensors", "tokenizers"}
+    assert anywhere - at_top <= for_checkpoints | set(sys.stdlib_module_names)
+
+
+def byte_tokenizer():
+    """One token per byte, in the format that AutoTokenizer loads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def alphabet_models(tmp_path_factory):
+    """Checkpoints that go on with the alphabet after any letter, with a tokenizer, by the name of the file."""
+    directories, tokenizer = {}, byte_tokenizer()
+    a, *rest = (tokenizer.convert_tokens_to_ids(letter) for letter in "abcdefghijklmnopqrstuvwxyz")
+    for name, file in FILES.items():
+        model = tiny(file, d_model=64, n_layer=1, vocab_size=256, tie_embeddings=False)
+        with torch.no_grad():
+            model.backbone.layers[0].mixer.out_proj.weight.zero_()
+            model.backbone.norm_f.weight.fill_(1.0)
+            embedding = F.normalize(torch.randn(256, 64, generator=generator()))
+            model.backbone.embeddings.weight.copy_(embedding)
+            for letter, following in zip([a, *rest], [*rest, a], strict=True):
+                model.lm_head.weight[following] = 100 * embedding[letter]
+        directories[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(directories[name])
+        tokenizer.save_pretrained(directories[name])
+    return directories
+
+
+def run_command_line(file, *arguments, **kwargs):
+    return run(f"{file.name}.py", *arguments, "--device", "cpu", HF_HUB_OFFLINE=1, **kwargs)
+
+
+def test_the_command_line_continues_its_argument(file, alphabet_models):
+    options = ["--model", alphabet_models[file.name], "--max-new-tokens", 5, "--temperature", 0]
+    done = run_command_line(file, "x: abc", *options)
+    assert done.returncode == 0, done.stderr
+    assert "abcdefgh" in done.stdout and "abcdefghi" not in done.stdout
+    summary = done.stderr.strip().splitlines()[-1]
+    assert "cpu" in summary and "tokens/s" in summary
+
+
+def test_the_command_line_continues_standard_input(file, alphabet_models):
+    options = ["--model", alphabet_models[file.name], "--max-new-tokens", 4, "--temperature", 1.0, "--top-k", 1]
+    done = run_command_line(file, *options, "--top-p", 0.9, "--seed", 1, "--dtype", "bfloat16", stdin="wx")
+    assert done.returncode == 0, done.stderr
+    assert "wxyzab" in done.stdout.replace("\n", "") and "wxyzabc" not in done.stdout
+
+
+def test_ctrl_c_ends_the_command_line_cleanly(file, alphabet_models):
+    options = ["--model", alphabet_models[file.name], "--max-new-tokens", 10**9, "--device", "cpu"]
+    command = [sys.executable, f"{file.name}.py", "abc", *map(str, options)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(10)  # text streams out long before the end
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode in (0, 130)
+    assert b"Traceback" not in errors and b"tokens/s" in errors
+
+
+BAD_COMMANDS = {
+    "unknown model": ["--model", "no/such-model"],
+    "directory without config": ["--model", "."],
+    "wrong temperature": ["--model", "{model}", "--temperature", "-1"],
+    "wrong top_p": ["--model", "{model}", "--top-p", "2"],
+}
+
+
+@pytest.mark.parametrize("options", BAD_COMMANDS.values(), ids=BAD_COMMANDS)
+def test_a_bad_command_line_ends_with_status_2_and_one_line(file, options, alphabet_models, tmp_path):
+    options = [str(tmp_path) if o == "." else o.format(model=alphabet_models[file.name]) for o in options]
+    done = run_command_line(file, "ROMEO:", *options)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The embedded checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def embedded(file):
+    return ROOT / "pretrained" / f"shakespeare-{file.name}"
+
+
+def test_the_embedded_checkpoint_is_small_and_stored_in_bfloat16(file):
+    model = file.LM.from_pretrained(embedded(file))
+    assert sum(p.numel() for p in model.parameters()) <= 3_000_000
+    assert sum(path.stat().st_size for path in embedded(file).rglob("*")) <= 6_000_000
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert (embedded(file) / "README.md").exists()
+
+
+def test_the_embedded_tokenizer_keeps_any_text(file):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded(file))
+    for text in ("ROMEO:\nBut, soft!", "naïve café, 東京 🐍\t\x00\n"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+        assert len(tokenizer(text).input_ids) == len(text.encode())
+
+
+def test_the_embedded_model_knows_shakespeare(file):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded(file))
+    model = file.LM.from_pretrained(embedded(file), dtype=torch.float32)
+    verse = "JULIET:\nO, swear not by the moon, the inconstant moon,\nThat monthly changes in her circled orb,\n"
+    ids = torch.tensor([tokenizer(verse).input_ids])
+    with torch.no_grad():
+        assert model(ids, labels=ids)["loss"] < 2  # nats per character; log(256) = 5.5 untrained
+
+
+def test_the_command_line_prints_shakespeare_at_once(file):
+    done = run_command_line(file, "ROMEO:", "--max-new-tokens", 60, "--seed", 0)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ROMEO:") and len(done.stdout) > 60
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published weights (pytest -m hub)
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.hub
+def test_mamba_130m_gives_the_published_logits_and_text():
+    name = "state-spaces/mamba-130m-hf"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    model = mamba.MambaForCausalLM.from_pretrained(name, dtype=torch.float32)
+    ids = tokenizer("Hey how are you doing?", return_tensors="pt").input_ids
+    published = torch.tensor([-55.6909, -69.7903, -49.8981, -51.7581, -57.6544, -57.9368, -56.9591, -57.9033])
+    assert torch.allclose(logits_of(model, ids)[0, 0, :8], published, atol=1e-3)
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=10, temperature=0)[0])
+    assert text == "Hey how are you doing?\n\nI'm so glad you're here."
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed and memory (pytest -m slow), on two otherwise idle cores
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def seconds(repeats, **works):
+    """Median seconds of each work, one after another in turn, after a turn that does not count."""
+    times = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    print({name: f"{1000 * t:.1f} ms" for name, t in medians.items()})
+    return medians
+
+
+def limit(file, x):
+    """The matrix products of one layer alone, which no implementation can do without."""
+    e = 2 * x.shape[-1]
+    sizes = [(48 + 32, e), (e, 48)] if file.name == "mamba" else []
+    in_proj = 2 * e if file.name == "mamba" else 2 * e + 2 * 128 + e // 64
+    weights = [torch.randn(in_proj, x.shape[-1]), *(torch.randn(s) for s in sizes), torch.randn(x.shape[-1], e)]
+    inputs = [torch.randn(*x.shape[:-1], weight.shape[1]) for weight in weights]
+
+    def products():
+        for value, weight in zip(inputs, weights, strict=True):
+            F.linear(value, weight)
+
+    return products
+
+
+def their_mixer(file):
+    if file.name == "mamba":
+        from transformers.models.mamba.modeling_mamba import MambaMixer
+
+        return MambaMixer(transformers.MambaConfig(hidden_size=768), layer_idx=0).eval()
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    config = dict(hidden_size=768, num_heads=24, head_dim=64, n_groups=1, state_size=128, chunk_size=64)
+    return Mamba2Mixer(transformers.Mamba2Config(**config), layer_idx=0).eval()
+
+
+def forward_and_backward(layer, x):
+    def work():
+        x.grad = None
+        layer(x).square().mean().backward()
+
+    return work
+
+
+@pytest.mark.slow
+def test_forward_is_near_the_limit_and_ahead_of_transformers(file, two_threads):
+    torch.manual_seed(0)
+    x, ours, theirs = torch.randn(1, 2048, 768), file.Mixer(file.Config()), their_mixer(file)
+    with torch.no_grad():
+        t = seconds(7, ours=lambda: ours(x), limit=limit(file, x), theirs=lambda: theirs(x))
+    assert t["ours"] <= {"mamba": 2.0, "mamba2": 1.6}[file.name] * t["limit"]
+    assert t["theirs"] >= {"mamba": 3.0, "mamba2": 1.0}[file.name] * t["ours"]
+
+
+@pytest.mark.slow
+def test_training_mamba2_is_faster_than_in_transformers(two_threads):
+    file, x = FILES["mamba2"], torch.randn(1, 2048, 768, requires_grad=True)
+    ours, theirs = file.Mixer(file.Config()), their_mixer(file).train()
+    t = seconds(5, ours=forward_and_backward(ours, x), theirs=forward_and_backward(theirs, x))
+    assert t["ours"] < t["theirs"]
+
+
+@pytest.mark.slow
+def test_training_mamba_is_7_times_faster_than_in_mambapy(two_threads):
+    peer = pytest.importorskip("mambapy.mamba", reason="mambapy is not installed")
+    x = torch.randn(1, 512, 768, requires_grad=True)
+    theirs = peer.MambaBlock(peer.MambaConfig(d_model=768, n_layers=1))
+    ours = mamba.MambaMixer(mamba.MambaConfig())
+    t = seconds(5, ours=forward_and_backward(ours, x), theirs=forward_and_backward(theirs, x))
+    assert t["theirs"] >= 7 * t["ours"]
+
+
+on_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from Linux's /proc")
+
+# Not ru_maxrss: a child process starts from its parent's.
+MEMORY = """
+def megabytes(field):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(field))
+
+def restart_peak():
+    open("/proc/self/clear_refs", "w").write("5")
+    return megabytes("VmRSS")
+"""
+
+PEAK_OF_TRAINING = (
+    MEMORY
+    + """
+import sys, torch
+torch.set_num_threads(2)
+if sys.argv[1] == "ours":
+    from mamba import MambaConfig, MambaMixer
+    layer = MambaMixer(MambaConfig())
+else:
+    from mambapy.mamba import MambaConfig, MambaBlock
+    layer = MambaBlock(MambaConfig(d_model=768, n_layers=1))
+x = torch.randn(1, int(sys.argv[2]), 768, requires_grad=True)
+layer(x[:, :8]).sum().backward()
+before = restart_peak()
+layer(x).square().mean().backward()
+print(megabytes("VmHWM") - before)
+"""
+)
+
+
+@on_linux
+@pytest.mark.slow
+def test_training_mamba_takes_a_fifth_of_the_memory_of_mambapy():
+    if importlib.util.find_spec("mambapy") is None:
+        pytest.skip("mambapy is not installed")
+    ours, theirs = (float(run("-c", PEAK_OF_TRAINING, who, 2048).stdout) for who in ("ours", "theirs"))
+    print(f"peak extra memory: ours {ours:.0f} MB, mambapy {theirs:.0f} MB")
+    assert 5 * ours <= theirs
+
+
+PEAK_OF_LOADING = (
+    MEMORY
+    + """
+import importlib, sys, threading, time, torch
+module = importlib.import_module(sys.argv[1])
+import safetensors.torch, transformers
+samples, done = [megabytes("RssAnon")], threading.Event()  # pages of a mapped file are the kernel's to drop
+
+def watch():
+    while not done.is_set():
+        samples.append(megabytes("RssAnon"))
+        time.sleep(0.001)
+
+thread = threading.Thread(target=watch)
+thread.start()
+model = getattr(module, sys.argv[2]).from_pretrained(sys.argv[3])
+done.set()
+thread.join()
+assert len(samples) > 20
+print(sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20, max(samples) - samples[0])
+"""
+)
+
+
+@on_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_loading_does_not_hold_the_weights_twice(file, weights, tmp_path):
+    file.LM(file.Config(d_model=1024, n_layer=16)).save_pretrained(tmp_path)
+    if weights == "pytorch_model.bin":
+        torch.save(safetensors.torch.load_file(tmp_path / "model.safetensors"), tmp_path / weights)
+        (tmp_path / "model.safetensors").unlink()
+    done = run("-c", PEAK_OF_LOADING, file.name, file.LM.__name__, tmp_path)
+    size, extra = map(float, done.stdout.split())
+    print(f"{size:.0f} MB of weights, {extra:.0f} MB of peak memory")
+    assert extra <= 1.25 * size
+
+
+LONG_PROMPT = (
+    MEMORY
+    + """
+import importlib, sys, time, torch
+torch.set_num_threads(2)
+module, name = importlib.import_module(sys.argv[1]), sys.argv[2]
+config, model = name.split(",")
+torch.manual_seed(0)
+model = getattr(module, model)(getattr(module, config)(d_model=64, n_layer=2, vocab_size=256))
+ids = torch.randint(256, (1, int(sys.argv[3])))
+start = time.perf_counter()
+assert model.generate(ids, max_new_tokens=1).shape[1] == ids.shape[1] + 1
+print(time.perf_counter() - start, megabytes("VmHWM"))
+"""
+)
+
+
+@on_linux
+@pytest.mark.slow
+def test_a_million_tokens_take_linear_time_and_no_more_memory(file):
+    names = f"{file.Config.__name__},{file.LM.__name__}"
+    results = {}
+    for length in (10_000, 100_000, 1_000_000):
+        done = run("-c", LONG_PROMPT, file.name, names, length)
+        results[length] = tuple(map(float, done.stdout.split()))
+    print({length: f"{s:.2f} s, peak {mb:.0f} MB" for length, (s, mb) in results.items()})
+    assert results[1_000_000][1] - results[10_000][1] <= 100
+    assert results[1_000_000][0] <= 1.3 * 10 * results[100_000][0]
+
+
+@pytest.mark.slow
+def test_a_step_costs_the_same_at_position_10_and_100000(file, two_threads):
+    torch.manual_seed(0)
+    model = file.LM(file.Config(d_model=256, n_layer=4, vocab_size=256)).eval()
+    token, params = torch.tensor([1]), {}
+    with torch.no_grad():
+        for position in (10, 100_000):
+            params[position] = file.module.InferenceParams()
+            for piece in random_ids(1, position, vocab=256).split(5000, dim=1):
+                model(piece, params[position], num_last_tokens=1)
+        t = seconds(200, early=lambda: model.step(token, params[10]), late=lambda: model.step(token, params[100_000]))
+    assert t["late"] <= 1.1 * t["early"]
