@@ -26,8 +26,8 @@ Glossary
     A           A       (e, n)          state matrix, diagonal and negative; the parameter is A_log = log(-A)
     B, C        B, C    (b, l, n)       input and output projections of the state, selected by the input
     D           D       (e,)            skip connection
-    z           -       (b, l, e)       gate of the block (Figure 3)
-    conv_state  -       (b, e, d_conv)  the last inputs of the convolution, newest last
+    z                   (b, l, e)       gate of the block (Figure 3)
+    conv_state          (b, e, d_conv)  the last inputs of the convolution, newest last
 """
 
 import argparse
@@ -301,6 +301,13 @@ def _cache_info(inference_params: Any) -> dict[str, float]:
     }
 
 
+def _check_vectors(name: str, x: Tensor, width: int) -> None:
+    """Raise ValueError unless x is floating point of shape (b, l, width)."""
+    if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
+        allowed = f"floating point of shape (b, l, d_model = {width})"
+        raise ValueError(f"{name} must be {allowed}, got {x.dtype} of shape {tuple(x.shape)}")
+
+
 def _check_states(states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     """Raise ValueError unless a layer's cached states have the shapes that this input and this layer need."""
     found = tuple(tuple(state.shape) for state in states)
@@ -354,21 +361,50 @@ def selective_scan(
     block_len: int | None = None,
     n_parallel: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    b, _, e, n = *u.shape, A.shape[1]
-    h = dt.new_zeros(b, n, e) if initial_state is None else initial_state.mT.to(dt.dtype)
+    """The selective scan (Algorithm 2), each channel of the inner width e with its own state of size n:
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t        y_t = C_t . h_t
+
+    u, dt: (b, l, e), dt not negative, its type is that of the computation; A: (e, n), negative; B, C: (b, l, n);
+    initial_state: (b, e, n), zero when None. Returns y (b, l, e) and the final state (b, e, n). Differentiable once, in
+    every argument. Raises ValueError for shapes that don't fit.
+
+    The sequence is walked in blocks of `block_len` steps, whose (block_len, rows, n, e) tensors stay in cache: one
+    product and one exp for all decays, one product for all inputs, a multiply-add for each step, one product with C.
+    Every decay is in [0, 1], so nothing overflows. The backward pass keeps only the states between blocks.
+    `n_parallel` blocks are worked on side by side, with the same recurrence once more over their ends: that keeps a GPU
+    busy, with a number of kernels that grows like the square root of the length. Both change the work and not the
+    result; None chooses them by the sizes and the device.
+    """
+    (b, l, e), n = u.shape, A.shape[-1]
+    expected = {"dt": (b, l, e), "A": (e, n), "B": (b, l, n), "C": (b, l, n), "initial_state": (b, e, n)}
+    for name, value in zip(expected, (dt, A, B, C, initial_state), strict=True):
+        if value is not None and value.shape != expected[name]:
+            raise ValueError(f"{name} must have shape {expected[name]}, got {tuple(value.shape)}")
+    for name, value in (("block_len", block_len), ("n_parallel", n_parallel)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be None or a positive integer, got {value}")
+    h = dt.new_zeros(b, n, e) if initial_state is None else initial_state.mT.to(dt.dtype).contiguous()
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in (u, dt, A, B, C, h))
-    y, h, _ = _scan(u, dt, A, B, C, h.contiguous(), block_len or 0, n_parallel or 0, keep)
+    y, h, _ = _scan(u, dt, A, B, C, h, block_len or 0, n_parallel or 0, keep)
     return y, h.mT.contiguous()
 
 
-_BLOCK_ELEMENTS = 2**20  # of a block's tensors: several of them stay in a CPU's cache
-
-
-def _tiling(b: int, l: int, e: int, n: int, block_len: int, n_parallel: int) -> tuple[int, int, int]:
-    """Steps of a block, blocks side by side, and rows of the batch that are worked on at once (see selective_scan)."""
-    t = block_len or min(64, max(16, _BLOCK_ELEMENTS // max(1, b * n * e)))
-    w = n_parallel or 1
-    return t, w, max(1, min(b, _BLOCK_ELEMENTS // (t * w * n * e)))
+def _tiling(
+    b: int, l: int, e: int, n: int, device: torch.device, block_len: int, n_parallel: int
+) -> tuple[int, int, int]:
+    """Steps of a block, blocks side by side, and rows of the batch worked on at once; 0 stands for a free choice."""
+    row = max(1, n * e)  # elements of one step
+    if device.type == "cpu":
+        most = 2**20  # elements of a tensor: several of them stay in the cache
+        t, w = min(64, max(16, most // (row * max(1, b)))), 1
+    else:
+        most = 2**26  # bounds the memory
+        steps = max(1, min(l, most // row))
+        t = math.isqrt(steps - 1) + 1
+        w = math.ceil(steps / t)
+    t, w = block_len or t, n_parallel or w
+    return t, w, max(1, min(b, most // (t * w * row)))
 
 
 def _segments(l: int, t: int, w: int) -> list[tuple[int, int, int]]:
@@ -420,7 +456,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (b, l, e), the final state (b, n, e) and, if `keep`, the states at which segments begin (segments, b, n, e)."""
     (b, l, e), n, dtype = u.shape, A.shape[1], dt.dtype
-    t, w, r = _tiling(b, l, e, n, block_len, n_parallel)
+    t, w, r = _tiling(b, l, e, n, u.device, block_len, n_parallel)
     segments = _segments(l, t, w)
     y, final = torch.empty_like(dt), torch.empty_like(h0)
     borders = dt.new_empty(len(segments) if keep else 0, b, n, e)
@@ -469,7 +505,7 @@ def _scan_backward(
         g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}        and that of dt_t A is  q_t = g_t * exp(dt_t A) * h_{t-1}
     """
     (b, l, e), n, dtype = u.shape, A.shape[1], dt.dtype
-    t, w, r = _tiling(b, l, e, n, block_len, n_parallel)
+    t, w, r = _tiling(b, l, e, n, u.device, block_len, n_parallel)
     segments = _segments(l, t, w)
     du, ddt, dB, dC, dh0 = (torch.empty_like(x) for x in (u, dt, B, C, dh))
     dA = dt.new_zeros(r, w, n, e)
@@ -515,7 +551,7 @@ def _scan_backward(
 @_scan.register_fake
 def _(u, dt, A, B, C, h0, block_len, n_parallel, keep):
     (b, l, e), n = u.shape, A.shape[1]
-    t, w, _ = _tiling(b, l, e, n, block_len, n_parallel)
+    t, w, _ = _tiling(b, l, e, n, u.device, block_len, n_parallel)
     return torch.empty_like(dt), torch.empty_like(h0), dt.new_empty(len(_segments(l, t, w)) if keep else 0, b, n, e)
 
 
@@ -694,6 +730,7 @@ class MambaMixer(nn.Module):
         inference_params: the states of layer `layer_idx` are taken from it, and replaced by the new ones.
         lengths: (b,), how many steps of each row are real; padding follows them and leaves the states alone.
         """
+        _check_vectors("x", x, self.config.d_model)
         states = None if inference_params is None else inference_params.key_value_memory_dict.get(self.layer_idx)
         if states is None:
             states = self.new_states(x.shape[0])
@@ -797,6 +834,8 @@ class MambaPreTrained(nn.Module):
         file is missing or the hub can't be reached, ValueError for a model that this file does not implement and for
         tensors that are missing, left over or of another shape.
         """
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be None or a torch.dtype, got {dtype!r}")
         config = MambaConfig.from_checkpoint(_read_config(name))
         with torch.device("meta"):
             model = cls(config)
@@ -843,9 +882,7 @@ class MambaEncoder(MambaPreTrained):
         inference_params: continue from its states and leave the new ones there; an error leaves it as it was.
         attention_mask: (b, l) of 0 and 1, the tokens of this call; padding on the left or on the right, no holes.
         """
-        if x.ndim != 3 or x.shape[-1] != self.config.d_model or not x.is_floating_point():
-            allowed = f"floating point of shape (b, l, d_model = {self.config.d_model})"
-            raise ValueError(f"x must be {allowed}, got {x.dtype} of shape {tuple(x.shape)}")
+        _check_vectors("x", x, self.config.d_model)
         x = self._residual(x)
         lengths = left = None
         if attention_mask is not None:
@@ -1079,7 +1116,7 @@ def _checkpoint_file(name: str | os.PathLike, filename: str) -> Path | None:
     except EntryNotFoundError as error:
         if not isinstance(error, LocalEntryNotFoundError):
             return None
-        reason = "the model hub can't be reached and there is no copy in its cache"
+        reason = "no such directory, the model hub can't be reached, and its cache has no copy"
     except HFValidationError:
         reason = "no such directory, and no name of the form owner/model"
     except OSError as error:  # an HTTP error, offline mode
@@ -1175,6 +1212,8 @@ def _save(model: MambaPreTrained, directory: Path) -> None:
         new.mkdir(), old.mkdir()
         save_torch_state_dict(tensors, new, metadata={"format": "pt"})
         (new / "config.json").write_text(text)
+        for path in new.iterdir():
+            path.chmod(0o644)
         _swap(directory, new, old)
 
 
@@ -1330,6 +1369,7 @@ def _load_tokenizer(name: str | os.PathLike) -> Any:
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
     parser.add_argument("prompt", nargs="?", help="the text to continue; read from standard input when piped")
     parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT), help="a directory or a name on the model hub")
     parser.add_argument("--max-new-tokens", type=int, default=500)
@@ -1344,10 +1384,12 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.prompt is None and not sys.stdin.isatty():
         arguments.prompt = sys.stdin.read()
     if not arguments.prompt:
-        parser.exit(2, f"{parser.prog}: error: no prompt: give one as an argument or on standard input\n")
+        parser.error("no prompt: give one as an argument or on standard input")
+    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if arguments.device == "auto":
-        mps = torch.backends.mps.is_available()
-        arguments.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        arguments.device = next(device for device, available in devices.items() if available)
+    if not devices[arguments.device]:
+        parser.error(f"--device {arguments.device}: torch finds no such device here")
     if arguments.dtype == "auto":
         arguments.dtype = "float32" if arguments.device == "cpu" else None
     return arguments

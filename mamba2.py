@@ -14,25 +14,25 @@ Copy this file into your project; it needs torch and einops (and transformers to
     $ python mamba2.py "ROMEO:" --max-new-tokens 200
 
 Glossary
-    code        paper   shape               meaning
-    b, l        -, T                     batch size, sequence length
-    d_model                           width of the residual stream
-    e                                 d_inner, the number of channels inside a layer; h * p
-    h, p        H, P                        nheads, the number of heads, and headdim, the width of one
-    n           N                           d_state, the size of the state of each channel
-    g           G                           ngroups: the heads of a group share B and C
-    c, q        -, Q                        number of chunks, and the steps in one
-    u (x)       X       (b, l, h, p)        input of the state space model
-    y           Y       (b, l, h, p)        its output
-    state       H       (b, h, p, n)        its state (`ssm_state` in the cache)
-    dt          Delta   (b, l, h)           step size; large: take the input in, small: keep the state
-    A           A       (h,)                decay rate, negative; the parameter is A_log = log(-A)
-    a           log a   (b, c, h, q)        dt * A, the logarithm of a step's decay
-    L           L       (b, c, h, q, q)     mask of the attention form: the decay from step j to step i
-    B, C        B, C    (b, l, g, n)        input and output projections of the state; keys and queries of the attention
-    D           D       (h,)                skip connection
-    z                (b, l, e)           gate
-    conv_state       (b, e + 2 g n, d_conv)   the last inputs of the convolution, newest last
+    code        paper   shape                   meaning
+    b, l        -, T                            batch size, sequence length
+    d_model                                     width of the residual stream
+    e                                           d_inner, the number of channels inside a layer; h * p
+    h, p        H, P                            nheads, the number of heads, and headdim, the width of one
+    n           N                               d_state, the size of the state of each channel
+    g           G                               ngroups: the heads of a group share B and C
+    c, q        -, Q                            number of chunks, and the steps in one
+    x, u        X       (b, l, h, p)            input of the state space model
+    y           Y       (b, l, h, p)            its output
+    state       H       (b, h, p, n)            its state (`ssm_state` in the cache)
+    dt          Delta   (b, l, h)               step size; large: take the input in, small: keep the state
+    A           A       (h,)                    decay rate, negative; the parameter is A_log = log(-A)
+    a           log a   (b, c, h, q)            dt * A, the logarithm of a step's decay
+    L           L       (b, c, h, q, q)         mask of the attention form: the decay from step j to step i
+    B, C        B, C    (b, l, g, n)            input and output projections of the state: the attention's keys, queries
+    D           D       (h,)                    skip connection
+    z                   (b, l, e)               gate
+    conv_state          (b, e + 2 g n, d_conv)  the last inputs of the convolution, newest last
 """
 
 import argparse
@@ -236,7 +236,9 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_range(value: Any) -> bool:
-    return len(value) == 2 and all(map(_is_number, value)) and 0 <= value[0] <= value[1]
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    return all(map(_is_number, value)) and 0 <= value[0] <= value[1]
 
 
 def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,6 +321,13 @@ def _cache_info(inference_params: Any) -> dict[str, float]:
         "total_tensors": len(tensors),
         "seqlen_offset": getattr(inference_params, "seqlen_offset", 0),
     }
+
+
+def _check_vectors(name: str, x: Tensor, width: int) -> None:
+    """Raise ValueError unless x is floating point of shape (b, l, width)."""
+    if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
+        allowed = f"floating point of shape (b, l, d_model = {width})"
+        raise ValueError(f"{name} must be {allowed}, got {x.dtype} of shape {tuple(x.shape)}")
 
 
 def _check_states(states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
@@ -408,13 +417,22 @@ def ssd(
     x: (b, l, h, p); dt: (b, l, h), not negative, its type is that of the computation; A: (h,), negative; B, C:
     (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n), zero when None. chunk_size changes the work,
     not the result. Returns y (b, l, h, p) and the final state (b, h, p, n). Differentiable once, in every argument.
+    Raises ValueError for shapes that don't fit.
     """
-    (b, l, h, p), n, dtype = x.shape, B.shape[-1], dt.dtype
+    (b, l, h, p), (g, n), dtype = x.shape, B.shape[2:], dt.dtype
+    expected = {"dt": (b, l, h), "A": (h,), "B": (b, l, g, n), "C": (b, l, g, n), "initial_state": (b, h, p, n)}
+    for name, value in zip(expected, (dt, A, B, C, initial_state), strict=True):
+        if value is not None and value.shape != expected[name]:
+            raise ValueError(f"{name} must have shape {expected[name]}, got {tuple(value.shape)}")
+    if h % g or chunk_size < 1:
+        allowed = "the groups of B must divide the heads of x, and chunk_size must be positive"
+        raise ValueError(f"{allowed}, got {g}, {h} and {chunk_size}")
     state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dtype)
     if l == 0:
         return x.to(dtype), state
     q = min(chunk_size, l)
-    segment = q * max(1, _SEGMENT_ELEMENTS // max(1, b * q * h * p))
+    most = 2**20 if x.device.type == "cpu" else 2**26  # elements of x at once: few enough for a CPU's cache
+    segment = q * max(1, most // max(1, b * q * h * p))
     whole, rest = l - l % q, l % q  # a last chunk that is shorter comes on its own
     lengths = [min(segment, whole - start) for start in range(0, whole, segment)] + [rest] * (rest > 0)
     ys = []
@@ -423,9 +441,6 @@ def ssd(
         y, state = _ssd_chunks(x_i, dt_i, A.to(dtype), B_i, C_i, state, min(q, x_i.shape[1]))
         ys.append(y)
     return torch.cat(ys, dim=1), state
-
-
-_SEGMENT_ELEMENTS = 2**20  # of x in the chunks that are worked on at once: their tensors stay in a CPU's cache
 
 
 def _ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, q: int) -> tuple[Tensor, Tensor]:
@@ -705,6 +720,7 @@ class Mamba2Mixer(nn.Module):
         inference_params: the states of layer `layer_idx` are taken from it, and replaced by the new ones.
         lengths: (b,), how many steps of each row are real; padding follows them and leaves the states alone.
         """
+        _check_vectors("x", x, self.config.d_model)
         states = None if inference_params is None else inference_params.key_value_memory_dict.get(self.layer_idx)
         if states is None:
             states = self.new_states(x.shape[0])
@@ -828,6 +844,8 @@ class Mamba2PreTrained(nn.Module):
         file is missing or the hub can't be reached, ValueError for a model that this file does not implement and for
         tensors that are missing, left over or of another shape.
         """
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ValueError(f"dtype must be None or a torch.dtype, got {dtype!r}")
         config = Mamba2Config.from_checkpoint(_read_config(name))
         with torch.device("meta"):
             model = cls(config)
@@ -874,9 +892,7 @@ class Mamba2Encoder(Mamba2PreTrained):
         inference_params: continue from its states and leave the new ones there; an error leaves it as it was.
         attention_mask: (b, l) of 0 and 1, the tokens of this call; padding on the left or on the right, no holes.
         """
-        if x.ndim != 3 or x.shape[-1] != self.config.d_model or not x.is_floating_point():
-            allowed = f"floating point of shape (b, l, d_model = {self.config.d_model})"
-            raise ValueError(f"x must be {allowed}, got {x.dtype} of shape {tuple(x.shape)}")
+        _check_vectors("x", x, self.config.d_model)
         x = self._residual(x)
         lengths = left = None
         if attention_mask is not None:
@@ -1108,7 +1124,7 @@ def _checkpoint_file(name: str | os.PathLike, filename: str) -> Path | None:
     except EntryNotFoundError as error:
         if not isinstance(error, LocalEntryNotFoundError):
             return None
-        reason = "the model hub can't be reached and there is no copy in its cache"
+        reason = "no such directory, the model hub can't be reached, and its cache has no copy"
     except HFValidationError:
         reason = "no such directory, and no name of the form owner/model"
     except OSError as error:  # an HTTP error, offline mode
@@ -1204,6 +1220,8 @@ def _save(model: Mamba2PreTrained, directory: Path) -> None:
         new.mkdir(), old.mkdir()
         save_torch_state_dict(tensors, new, metadata={"format": "pt"})
         (new / "config.json").write_text(text)
+        for path in new.iterdir():
+            path.chmod(0o644)
         _swap(directory, new, old)
 
 
@@ -1359,6 +1377,7 @@ def _load_tokenizer(name: str | os.PathLike) -> Any:
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
     parser.add_argument("prompt", nargs="?", help="the text to continue; read from standard input when piped")
     parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT), help="a directory or a name on the model hub")
     parser.add_argument("--max-new-tokens", type=int, default=500)
@@ -1373,10 +1392,12 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.prompt is None and not sys.stdin.isatty():
         arguments.prompt = sys.stdin.read()
     if not arguments.prompt:
-        parser.exit(2, f"{parser.prog}: error: no prompt: give one as an argument or on standard input\n")
+        parser.error("no prompt: give one as an argument or on standard input")
+    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if arguments.device == "auto":
-        mps = torch.backends.mps.is_available()
-        arguments.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        arguments.device = next(device for device, available in devices.items() if available)
+    if not devices[arguments.device]:
+        parser.error(f"--device {arguments.device}: torch finds no such device here")
     if arguments.dtype == "auto":
         arguments.dtype = "float32" if arguments.device == "cpu" else None
     return arguments
