@@ -417,22 +417,29 @@ def _segments(l: int, t: int, w: int) -> list[tuple[int, int, int]]:
     return segments
 
 
-def _blocks(x: Tensor, rows: slice, start: int, t: int, w: int) -> Tensor:
-    """(b, l, c) to a view of one segment with the steps of a block first: (t, r, w, c)."""
-    return x[rows, start : start + t * w].unflatten(1, (w, t)).permute(2, 0, 1, 3)
+def _blocks(x: Tensor, rows: slice, segments: list[tuple[int, int, int]]) -> list[Tensor]:
+    """(b, l, c) to views of its segments, with the steps of a block first: (t, r, w, c) each."""
+    pieces = x[rows].split([t * w for _, t, w in segments], dim=1)
+    shapes = ((len(piece), w, t, piece.shape[-1]) for piece, (_, t, w) in zip(pieces, segments, strict=True))
+    return [piece.view(shape).permute(2, 0, 1, 3) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
-def _recur_(x: Tensor, xs: Sequence[Tensor], ds: Sequence[Tensor], entering: Tensor, reverse: bool = False) -> None:
+def _enter_(x_0: Tensor, entering: Tensor, block: int = 0) -> None:
+    """Let a state (r, n, e) enter the first step x_0 (r, w, n, e) of one block, and zero the others."""
+    if x_0.shape[1] > 1:
+        x_0.zero_()
+    x_0[:, block] = entering
+
+
+def _recur_(x: Tensor, xs: Sequence[Tensor], ds: Sequence[Tensor], reverse: bool = False) -> None:
     """x[i + 1] += d[i] * x[i] in each block, with x[0] the state at the end of the block before it.
 
     x: (t + 1, r, w, n, e), holds the inputs and becomes the states; xs and ds: x and the decays (t, r, w, n, e) by
-    steps; entering: (r, n, e), x[0] of the first block. reverse: from the last step to the first, likewise the blocks.
+    steps; x[0] of the first block is what `_enter_` put there. reverse: from the last step to the first, likewise the
+    blocks.
     """
     w = x.shape[2]
     xs, ds, order = (xs[::-1], ds[::-1], range(w)[::-1]) if reverse else (xs, ds, range(w))
-    if w > 1:
-        xs[0].zero_()
-    xs[0][:, order[0]] = entering
     for d, x_i, x_next in zip(ds, xs, xs[1:], strict=False):
         x_next.addcmul_(d, x_i)
     if w == 1:
@@ -470,16 +477,17 @@ def _scan(
     for row in range(0, b, r):
         rows = slice(row, row + r)
         h = h0[rows]
-        for i, (start, t, w) in enumerate(segments):
+        parts = zip(*(_blocks(v, rows, segments) for v in (dt, u, B, C, y)), strict=True)
+        for i, (dt_i, u_i, B_i, C_i, y_i) in enumerate(parts):
+            decay, x, ds, xs = buffers(*dt_i.shape[:3])
+            _enter_(xs[0], h)
             if keep:
                 borders[i, rows] = h
-            dt_i, u_i, B_i, C_i, y_i = (_blocks(v, rows, start, t, w) for v in (dt, u, B, C, y))
-            decay, x, ds, xs = buffers(t, len(h), w)
             torch.mul(dt_i[..., None, :], A, out=decay).exp_()
             torch.mul((dt_i * u_i)[..., None, :], B_i.to(dtype)[..., None], out=x[1:])
-            _recur_(x, xs, ds, h)
+            _recur_(x, xs, ds)
             y_i.copy_((C_i.to(dtype)[..., None, :] @ x[1:]).squeeze(-2))
-            h = xs[-1][:, -1].clone()
+            h = xs[-1][:, -1]
         final[rows] = h
     return y, final, borders
 
@@ -505,10 +513,10 @@ def _scan_backward(
         g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}        and that of dt_t A is  q_t = g_t * exp(dt_t A) * h_{t-1}
     """
     (b, l, e), n, dtype = u.shape, A.shape[1], dt.dtype
-    t, w, r = _tiling(b, l, e, n, u.device, block_len, n_parallel)
+    t, w, most = _tiling(b, l, e, n, u.device, block_len, n_parallel)
     segments = _segments(l, t, w)
     du, ddt, dB, dC, dh0 = (torch.empty_like(x) for x in (u, dt, B, C, dh))
-    dA = dt.new_zeros(r, w, n, e)
+    dA = dt.new_zeros(most, w, n, e)
     A_ne = A.to(dtype).t().contiguous()  # (n, e)
 
     @functools.cache
@@ -516,22 +524,25 @@ def _scan_backward(
         decay, x, g = (dt.new_empty(t + 1, r, w, n, e) for _ in range(3))
         return decay, x, g, decay.unbind(0), x.unbind(0), g.unbind(0), g[:-1].unbind(-2)
 
-    for row in range(0, b, r):
-        rows = slice(row, row + r)
+    for row in range(0, b, most):
+        rows = slice(row, row + most)
         entering = dh[rows]
-        for i, (start, t, w) in reversed(list(enumerate(segments))):
-            dt_i, u_i, B_i, C_i, dy_i = (_blocks(v, rows, start, t, w).to(dtype) for v in (dt, u, B, C, dy))
+        parts = zip(*(_blocks(v, rows, segments) for v in (dt, u, B, C, dy, du, ddt, dB, dC)), strict=True)
+        for i, (*given, du_i, ddt_i, dB_i, dC_i) in reversed(list(enumerate(parts))):
+            dt_i, u_i, B_i, C_i, dy_i = (v.to(dtype) for v in given)
             dtu = dt_i * u_i
-            decay, x, g, ds, xs, gs, g_by_n = buffers(t, len(entering), w)
+            r, w = dt_i.shape[1:3]
+            decay, x, g, ds, xs, gs, g_by_n = buffers(*dt_i.shape[:3])
             torch.mul(dt_i[..., None, :], A_ne, out=decay[:-1]).exp_()
             torch.mul(dtu[..., None, :], B_i[..., None], out=x[1:])
-            _recur_(x, xs, ds[:-1], borders[i, rows])
+            _enter_(xs[0], borders[i, rows])
+            _recur_(x, xs, ds[:-1])
             ds[-1][:, :-1] = ds[0][:, 1:]  # the decay of the next block's first step
             ds[-1][:, -1] = 1  # is in `entering` already
             torch.mul(dy_i[..., None, :], C_i[..., None], out=g[:-1])
-            _recur_(g, gs, ds[1:], entering, reverse=True)
+            _enter_(gs[-1], entering, block=w - 1)
+            _recur_(g, gs, ds[1:], reverse=True)
             entering = ds[0][:, 0] * gs[0][:, 0]
-            du_i, ddt_i, dB_i, dC_i = (_blocks(v, rows, start, t, w) for v in (du, ddt, dB, dC))
             dC_i.copy_((x[1:] @ dy_i[..., None]).squeeze(-1))
             dB_i.copy_((g[:-1] @ dtu[..., None]).squeeze(-1))
             d_dtu = (B_i[..., None, :] @ g[:-1]).squeeze(-2)  # (t, r, w, e)
@@ -541,7 +552,7 @@ def _scan_backward(
             for q_n, A_n in zip(g_by_n, A_ne.unbind(0), strict=True):
                 d_dt.addcmul_(q_n, A_n)
             ddt_i.copy_(d_dt)
-            dA_i = dA[: len(entering), :w]
+            dA_i = dA[:r, :w]
             for q_t, dt_t in zip(gs[:-1], dt_i[..., None, :].unbind(0), strict=True):
                 dA_i.addcmul_(q_t, dt_t)
         dh0[rows] = entering

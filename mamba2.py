@@ -435,27 +435,33 @@ def ssd(
     segment = q * max(1, most // max(1, b * q * h * p))
     whole, rest = l - l % q, l % q  # a last chunk that is shorter comes on its own
     lengths = [min(segment, whole - start) for start in range(0, whole, segment)] + [rest] * (rest > 0)
-    ys = []
-    for piece in zip(*(v.split(lengths, dim=1) for v in (x, dt, B, C)), strict=True):
+    # Without gradients y is written in place; with them its pieces are put together.
+    y = None if torch.is_grad_enabled() else torch.empty_like(x, dtype=dtype)
+    places = [None] * len(lengths) if y is None else y.split(lengths, dim=1)
+    pieces = []
+    for *piece, place in zip(*(v.split(lengths, dim=1) for v in (x, dt, B, C)), places, strict=True):
         x_i, dt_i, B_i, C_i = (v.to(dtype) for v in piece)
-        y, state = _ssd_chunks(x_i, dt_i, A.to(dtype), B_i, C_i, state, min(q, x_i.shape[1]))
-        ys.append(y)
-    return torch.cat(ys, dim=1), state
+        y_i, state = _ssd_chunks(x_i, dt_i, A.to(dtype), B_i, C_i, state, min(q, x_i.shape[1]), place)
+        pieces.append(y_i)
+    return torch.cat(pieces, dim=1) if y is None else y, state
 
 
-def _ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, q: int) -> tuple[Tensor, Tensor]:
-    """`ssd` for a whole number of chunks of q steps, in one piece."""
+def _ssd_chunks(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, q: int, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`ssd` for a whole number of chunks of q steps, in one piece; y is written to `out`, unless that is None."""
     g, p = B.shape[2], x.shape[-1]
     x = rearrange(x, "b (c q) h p -> b c q h p", q=q)
     dt = rearrange(dt, "b (c q) h -> b c h q", q=q).contiguous()
     B, C = (rearrange(v, "b (c q) g n -> b c g q n", q=q) for v in (B, C))
     a = dt * A[:, None]  # (b, c, h, q)
     L = decay_matrix(a)  # (b, c, h, q, q)
+    to_end = rearrange(L[..., -1, :] * dt, "b c h q -> b c q h 1")
 
     # 1. The output of each chunk from its own inputs: attention with the mask L (diagonal blocks).
-    to_end = rearrange(L[..., -1, :] * dt, "b c h q -> b c q h 1")
-    scores = (C @ B.mT)[:, :, :, None] * L.unflatten(2, (g, -1))  # (b, c, g, h / g, q, q)
-    scores = scores.flatten(2, 3) * dt[..., None, :]  # (b, c, h, q, q)
+    scores = L.unflatten(2, (g, -1))  # (b, c, g, h / g, q, q)
+    scores = torch.mul(scores, (C @ B.mT)[:, :, :, None], out=None if out is None else scores).flatten(2, 3)
+    scores = torch.mul(scores, dt[..., None, :], out=None if out is None else scores)  # (b, c, h, q, q)
     y = scores @ x.transpose(2, 3)  # (b, c, h, q, p)
 
     # 2. The state that each chunk's own inputs leave at its end.
@@ -471,7 +477,8 @@ def _ssd_chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: T
     # 4. The output from the state at the start of the chunk (off-diagonal blocks).
     from_start = rearrange(a.cumsum(-1).exp(), "b c h q -> b c q h 1")
     carried = rearrange(C @ entering, "b c g q (h p) -> b c q (g h) p", p=p)
-    y = torch.addcmul(y.transpose(2, 3), carried, from_start)
+    out = None if out is None else out.unflatten(1, (-1, q))
+    y = torch.addcmul(y.transpose(2, 3), carried, from_start, out=out)
     return y.flatten(1, 2), rearrange(state, "b 1 g n (h p) -> b (g h) p n", p=p)
 
 
