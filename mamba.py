@@ -63,7 +63,7 @@ class MambaConfig:
 
     d_model: int = 768
     n_layer: int = 24
-    vocab_size: int = 50277
+    vocab_size: int | None = 50277  # None: no embedding, for the encoder and the heads on vectors
     pad_vocab_size_multiple: int = 8  # embedding and head have `padded_vocab_size` rows
     d_state: int = 16
     d_conv: int = 4
@@ -89,9 +89,10 @@ class MambaConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        sizes = ["d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "d_state", "d_conv", "expand"]
+        sizes = ["d_model", "n_layer", "pad_vocab_size_multiple", "d_state", "d_conv", "expand"]
         sizes += ["num_labels"]
         self._check("a positive integer", lambda v: type(v) is int and v > 0, *sizes)
+        self._check("a positive integer or None", lambda v: v is None or (type(v) is int and v > 0), "vocab_size")
         self._check("a positive number", lambda v: _is_number(v) and v > 0, "dt_min", "dt_max", "dt_scale")
         self._check("a positive number", lambda v: _is_number(v) and v > 0, "dt_init_floor", "norm_epsilon")
         self._check("a number, 0 or greater", lambda v: _is_number(v) and v >= 0, "initializer_range")
@@ -115,7 +116,10 @@ class MambaConfig:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
     @property
-    def padded_vocab_size(self) -> int:
+    def padded_vocab_size(self) -> int | None:
+        """Rows of the embedding: vocab_size, rounded up to a multiple of pad_vocab_size_multiple."""
+        if self.vocab_size is None:
+            return None
         return math.ceil(self.vocab_size / self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,6 +168,13 @@ class MambaConfig:
         return model_type | rms_eps | _to_transformers(self)
 
 
+@dataclass
+class BaseMambaConfig(MambaConfig):
+    """MiniMamba's: there is no vocabulary unless one is given."""
+
+    vocab_size: int | None = None
+
+
 # Our field: transformers' name for it, and the value that an absent one has there.
 TRANSFORMERS_FIELDS = {
     "d_model": "hidden_size",
@@ -185,6 +196,9 @@ TRANSFORMERS_FIELDS = {
     "tie_embeddings": "tie_word_embeddings",
     "initializer_range": "initializer_range",
     "eos_token_id": "eos_token_id",
+    "num_labels": "num_labels",
+    "pooling_strategy": "pooling_strategy",
+    "dropout": "classifier_dropout",
 }
 TRANSFORMERS_DEFAULTS = {"n_layer": 32, "vocab_size": 50280, "initializer_range": 0.1, "eos_token_id": 0}
 STATE_SPACES_FIELDS = [
@@ -228,6 +242,8 @@ def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
     values = TRANSFORMERS_DEFAULTS | values
     padded = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])
     values["vocab_size"] = vocab_size = stored.get("unpadded_vocab_size", padded)
+    if vocab_size is None:
+        return values
     multiple = stored.get("pad_vocab_size_multiple", padded)
     exact = math.ceil(vocab_size / multiple) * multiple == padded
     values["pad_vocab_size_multiple"] = multiple if exact else padded
@@ -843,7 +859,8 @@ class MambaPreTrained(nn.Module):
         `name` holds config.json and weights in transformers' or state-spaces' format (safetensors or pytorch_model.bin,
         in one file or sharded). `dtype` None keeps the stored type, `device` None means the CPU. Raises OSError where a
         file is missing or the hub can't be reached, ValueError for a model that this file does not implement and for
-        tensors that are missing, left over or of another shape.
+        tensors that are missing, left over or of another shape. A classifier may be loaded from a language model's
+        checkpoint: its last layer then is new.
         """
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be None or a torch.dtype, got {dtype!r}")
@@ -966,6 +983,8 @@ class MambaModel(MambaEncoder):
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
+        if config.vocab_size is None:
+            raise ValueError("vocab_size must be a positive integer in a model with an embedding, got None")
         self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model)
         nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
 
@@ -1094,9 +1113,77 @@ class MambaForCausalLM(MambaPreTrained):
         tokens = _generate(self, input_ids, *settings)
         return (token.item() for token in tokens) if input_ids.shape[0] == 1 else tokens
 
+    generate_streaming = stream  # MiniMamba
+
+
+class MambaForFeatureExtraction(MambaPreTrained):
+    """Hidden states (b, l, d_model) from ids (b, l) or vectors (b, l, d_model); vectors alone if vocab_size is None."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = MambaEncoder(config) if config.vocab_size is None else MambaModel(config)
+
+    def forward(self, inputs: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None) -> Tensor:
+        """The arguments are those of the encoder."""
+        return self.backbone(inputs, inference_params, attention_mask=attention_mask)
+
+
+class MambaForSequenceClassification(MambaPreTrained):
+    """A linear classifier (config.num_labels) on the pooled hidden states (config.pooling_strategy)."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = MambaEncoder(config) if config.vocab_size is None else MambaModel(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.reset_classifier()
+
+    def reset_classifier(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        """A new classifier, as at the start of training."""
+        self.classifier = nn.Linear(self.config.d_model, self.config.num_labels, device=device, dtype=dtype)
+        nn.init.normal_(self.classifier.weight, std=self.config.initializer_range)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """Logits (b, num_labels), float32, from ids (b, l) or vectors (b, l, d_model).
+
+        attention_mask: (b, l) of 0 and 1; padding on the left or on the right takes no part.
+        labels: (b,) classes, or numbers where num_labels is 1. Then the result is a dict of "loss" (mean cross entropy,
+            or mean squared error) and "logits".
+        """
+        hidden = self.backbone(input_ids, attention_mask=attention_mask)
+        pooled = _pool(hidden, attention_mask, self.config.pooling_strategy)
+        logits = self.classifier(self.dropout(pooled))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if labels is None:
+            return logits
+        if labels.shape != logits.shape[:1]:
+            raise ValueError(f"labels must have shape {tuple(logits.shape[:1])}, got {tuple(labels.shape)}")
+        if self.config.num_labels == 1:
+            return {"loss": F.mse_loss(logits[:, 0], labels.to(logits.dtype)), "logits": logits}
+        _check_ids("labels", labels, self.config.num_labels)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def _pool(hidden: Tensor, attention_mask: Tensor | None, strategy: str) -> Tensor:
+    """The last, the mean or the largest of each row's real hidden states (b, l, d_model): (b, d_model)."""
+    real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+    real = real if attention_mask is None else attention_mask.bool()
+    if not torch.compiler.is_compiling() and not real.any(1).all():
+        raise ValueError("input_ids must have at least one real token in every row to pool over, got a row of none")
+    if strategy == "last":
+        position = torch.arange(hidden.shape[1], device=hidden.device)
+        return hidden[torch.arange(len(hidden), device=hidden.device), (position * real).argmax(1)]
+    if strategy == "mean":
+        return hidden.masked_fill(~real[..., None], 0).sum(1) / real.sum(1, keepdim=True)
+    return hidden.masked_fill(~real[..., None], -math.inf).amax(1)
+
 
 # The names of the projects whose users this file should feel like home to.
-BaseMambaConfig = MambaLMConfig = MambaClassificationConfig = MambaConfig  # MiniMamba
+MambaLMConfig = MambaClassificationConfig = MambaConfig  # MiniMamba
 S6 = MambaMixer  # MiniMamba
 Mamba = MambaForCausalLM  # MiniMamba
 MambaLMHeadModel = MambaForCausalLM  # state-spaces/mamba
@@ -1174,20 +1261,25 @@ def _load_weights(model: MambaPreTrained, name: str | os.PathLike, device: Any, 
     """Give a model on the meta device the weights of a checkpoint, converted one at a time."""
     wanted = dict(model.named_parameters())
     prefix = "" if hasattr(model, "backbone") else "backbone."
-    loaded, unexpected, misshapen = set(), [], []
+    found, unexpected, misshapen = set(), [], []
     for key, tensor in _stored_tensors(name):
         key = key.replace("backbone.embedding.", "backbone.embeddings.").removeprefix(prefix)
         if key == "lm_head.weight" and key not in wanted:
             continue  # tied to the embedding, or a model without a head
         if key not in wanted:
             unexpected.append(key)
-        elif tensor.shape != wanted[key].shape:
-            misshapen.append(f"{key} {tuple(tensor.shape)} for {tuple(wanted[key].shape)}")
-        else:
+            continue
+        found.add(key)
+        if tensor.shape == wanted[key].shape:
             _set_parameter(model, key, tensor.to(device, dtype, copy=True))
-            loaded.add(key)
-    problems = {"missing": sorted(wanted.keys() - loaded), "unexpected": unexpected, "of another shape": misshapen}
-    problems["missing"] = [key for key in problems["missing"] if not any(key in text for text in misshapen)]
+        else:
+            misshapen.append(f"{key} {tuple(tensor.shape)} for {tuple(wanted[key].shape)}")
+    new = {"classifier.weight", "classifier.bias"} & wanted.keys()
+    if new and not new & found:  # a language model's checkpoint
+        model.reset_classifier(device, dtype or model.backbone.norm_f.weight.dtype)
+        found |= new
+    missing = sorted(wanted.keys() - found)
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):
         found = "; ".join(f"{what}: {_some(keys)}" for what, keys in problems.items() if keys)
         raise ValueError(f"the tensors of {str(name)!r} do not fit {type(model).__name__}: {found}")

@@ -1828,6 +1828,151 @@ def test_half_precision_models_generate_on_each_device(file, device):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Heads, and the snippets of the projects whose users come here
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def classifier(file, **settings):
+    config = file.Config(d_model=32, n_layer=2, vocab_size=VOCAB, num_labels=3, **file.tiny, **settings)
+    return getattr(file.module, file.LM.__name__.replace("CausalLM", "SequenceClassification"))(config).eval()
+
+
+@pytest.mark.parametrize("strategy", ["last", "mean", "max"])
+def test_a_classifier_pools_the_real_tokens_alone(file, strategy):
+    torch.manual_seed(0)
+    model, lengths = classifier(file, pooling_strategy=strategy), (9, 5, 1)
+    ids = random_ids(3, 9)
+    right = torch.tensor([[1] * n + [0] * (9 - n) for n in lengths])
+    from_left = torch.stack([row.roll(9 - n) for row, n in zip(ids, lengths, strict=True)])
+    with torch.no_grad():
+        alone = torch.cat([model(row[None, :n]) for row, n in zip(ids, lengths, strict=True)])  # (3, num_labels)
+        assert error(model(ids, right), alone) < 1e-5
+        assert error(model(from_left, right.flip(1)), alone) < 1e-5
+        assert error(model(model.backbone.embeddings(ids), right), alone) < 1e-5
+
+
+def test_a_classifier_is_its_backbone_and_a_linear_layer(file):
+    torch.manual_seed(0)
+    model, ids, labels = classifier(file), random_ids(4, 7), torch.tensor([0, 2, 1, 1])
+    with torch.no_grad():
+        expected = F.linear(model.backbone(ids)[:, -1], model.classifier.weight, model.classifier.bias)
+        out = model(ids, labels=labels)
+    assert error(out["logits"], expected) < 1e-6
+    assert torch.isclose(out["loss"], -expected.log_softmax(-1)[torch.arange(4), labels].mean())
+
+
+def test_a_classifier_of_one_label_is_a_regression(file):
+    torch.manual_seed(0)
+    model = classifier(file)
+    model.config.num_labels = 1
+    model.reset_classifier()
+    out, target = model(random_ids(4, 7), labels=torch.tensor([0.0, 1.0, -2.0, 3.0])), torch.tensor([0.0, 1, -2, 3])
+    assert torch.isclose(out["loss"], (out["logits"][:, 0] - target).square().mean())
+
+
+def test_the_heads_come_back_from_their_checkpoints(file, tmp_path):
+    model, ids = classifier(file, pooling_strategy="max"), random_ids(2, 6)
+    model.save_pretrained(tmp_path / "classifier")
+    loaded = type(model).from_pretrained(tmp_path / "classifier")
+    assert loaded.config.num_labels == 3 and loaded.config.pooling_strategy == "max"
+    assert torch.equal(loaded(ids), model(ids))
+    Features = getattr(file.module, file.LM.__name__.replace("CausalLM", "FeatureExtraction"))
+    for vocab_size in (VOCAB, None):
+        model = Features(file.Config(d_model=32, n_layer=1, vocab_size=vocab_size, **file.tiny)).eval()
+        model.save_pretrained(tmp_path / f"features-{vocab_size}")
+        inputs = torch.randn(2, 5, 32)
+        assert torch.equal(Features.from_pretrained(tmp_path / f"features-{vocab_size}")(inputs), model(inputs))
+
+
+def test_a_classifier_starts_from_the_backbone_of_a_language_model(file, tmp_path):
+    model = file.LM(file.Config(d_model=32, n_layer=2, vocab_size=VOCAB, **file.tiny)).eval()
+    model.save_pretrained(tmp_path)
+    loaded = type(classifier(file)).from_pretrained(tmp_path)
+    ids = random_ids(2, 6)
+    assert torch.equal(loaded.backbone(ids), model.backbone(ids))
+    assert loaded(ids).shape == (2, 2) and loaded(ids).isfinite().all()
+
+
+def test_features_have_an_embedding_only_where_a_vocabulary_was_given():
+    without = mamba.MambaForFeatureExtraction(mamba.BaseMambaConfig(d_model=32, n_layer=1))
+    assert not hasattr(without.backbone, "embeddings") and without(torch.randn(2, 5, 32)).shape == (2, 5, 32)
+    model = mamba.MambaForFeatureExtraction(mamba.BaseMambaConfig(d_model=32, n_layer=1, vocab_size=10))
+    assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, 32)
+
+
+def test_heads_name_the_argument_that_is_wrong(file):
+    model, ids = classifier(file), random_ids(2, 6)
+    for labels in (torch.tensor([0]), torch.tensor([0, 3]), torch.tensor([0, -1])):
+        with pytest.raises(ValueError, match="labels"):
+            model(ids, labels=labels)
+    with pytest.raises(ValueError, match="at least one real token"):
+        model(ids, torch.tensor([[0] * 6, [1] * 6]))
+    with pytest.raises(ValueError, match="at least one real token"):
+        model(ids[:, :0])
+    with pytest.raises(ValueError, match="pooling_strategy"):
+        classifier(file, pooling_strategy="first")
+    with pytest.raises(ValueError, match="vocab_size"):
+        file.LM(file.Config(d_model=32, n_layer=1, vocab_size=None, **file.tiny))
+
+
+def test_gradient_checkpointing_changes_no_gradient(file):
+    config = dict(d_model=32, n_layer=3, vocab_size=VOCAB, **file.tiny)
+    plain, saving = file.LM(file.Config(**config)), file.LM(file.Config(**config, gradient_checkpointing=True))
+    saving.load_state_dict(plain.state_dict())
+    ids = random_ids(2, 33)
+    for model in (plain, saving):
+        model.train()(ids, labels=ids)["loss"].backward()
+    for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-5, atol=1e-8), name
+
+
+def test_the_snippet_of_minimamba_0_2_runs():
+    config = mamba.MambaConfig(d_model=64, n_layer=2, vocab_size=10000, d_state=16, d_conv=4, expand=2)
+    model = mamba.Mamba(config=config).eval()
+    input_ids = torch.randint(0, config.vocab_size, (2, 128))
+    assert model(input_ids).shape == (2, 128, 10000)
+    assert model(input_ids[:, :0]).shape == (2, 0, 10000)
+
+    class InferenceCache:
+        def __init__(self):
+            self.seqlen_offset = 0
+            self.key_value_memory_dict = {}
+
+    inference_params = InferenceCache()
+    first = model(input_ids[:1, :1], inference_params=inference_params)
+    inference_params.seqlen_offset += 1
+    second = model(input_ids[:1, 1:2], inference_params=inference_params)
+    assert error(torch.cat([first, second], 1), model(input_ids[:1, :2])) < 1e-5
+
+
+def test_the_snippet_of_minimamba_1_0_runs():
+    config = mamba.MambaLMConfig(d_model=64, n_layer=2, vocab_size=10000, d_state=16, d_conv=4, expand=2)
+    model = mamba.MambaForCausalLM(config).eval()
+    input_ids = torch.randint(0, 10000, (2, 20))
+    settings = dict(max_new_tokens=50, temperature=0.8, top_p=0.9, use_cache=True)
+    assert model.generate(input_ids[:1, :10], **settings).shape == (1, 60)
+    inference_params = mamba.InferenceParams()
+    model(input_ids, inference_params)
+    with pytest.raises(ValueError, match="batch size"):
+        model(torch.tensor([[1]]), inference_params)
+    assert model(torch.tensor([[1], [2]]), inference_params).shape == (2, 1, 10000)
+    assert model.get_cache_info(inference_params)["memory_mb"] > 0
+    model.reset_cache(inference_params)
+    assert inference_params.key_value_memory_dict == {}
+    torch.manual_seed(0)
+    streamed = list(model.generate_streaming(input_ids[:1], max_new_tokens=5))
+    torch.manual_seed(0)
+    assert streamed == model.generate(input_ids[:1], max_new_tokens=5)[0, -5:].tolist()
+
+
+def test_the_snippet_of_mamba2_minimal_runs():
+    model = mamba2.Mamba2(mamba2.Mamba2Config(d_model=768))
+    for length in (64, 1, 37, 200):
+        assert model(torch.randn(2, length, 768)).shape == (2, length, 768)
+    assert mamba2.Mamba2LMHeadModel is mamba2.Mamba2ForCausalLM
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Errors: one clear one each, naming the argument
 # ----------------------------------------------------------------------------------------------------------------------
 
