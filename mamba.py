@@ -414,6 +414,7 @@ def _tiling(
     if device.type == "cpu":
         most = 2**20  # elements of a tensor: several of them stay in the cache
         t, w = min(64, max(16, most // (row * max(1, b)))), 1
+        t = math.ceil(l / math.ceil(l / t)) if l else t  # blocks of about the same length
     else:
         most = 2**26  # bounds the memory
         steps = max(1, min(l, most // row))
@@ -559,8 +560,8 @@ def _scan_backward(
             _enter_(gs[-1], entering, block=w - 1)
             _recur_(g, gs, ds[1:], reverse=True)
             entering = ds[0][:, 0] * gs[0][:, 0]
-            dC_i.copy_((x[1:] @ dy_i[..., None]).squeeze(-1))
-            dB_i.copy_((g[:-1] @ dtu[..., None]).squeeze(-1))
+            dC_i.copy_((dy_i[..., None, :] @ x[1:].mT).squeeze(-2))  # faster than x @ dy
+            dB_i.copy_((dtu[..., None, :] @ g[:-1].mT).squeeze(-2))
             d_dtu = (B_i[..., None, :] @ g[:-1]).squeeze(-2)  # (t, r, w, e)
             du_i.copy_(d_dtu * dt_i)
             d_dt = d_dtu.mul_(u_i)

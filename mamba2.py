@@ -462,7 +462,7 @@ def _ssd_chunks(
     g, p = B.shape[2], x.shape[-1]
     x = rearrange(x, "b (c q) h p -> b c q h p", q=q)
     dt = rearrange(dt, "b (c q) h -> b c h q", q=q).contiguous()
-    B, C = (rearrange(v, "b (c q) g n -> b c g q n", q=q) for v in (B, C))
+    B, C = (rearrange(v, "b (c q) g n -> b c g q n", q=q).contiguous() for v in (B, C))
     a = dt * A[:, None]  # (b, c, h, q)
     L = decay_matrix(a)  # (b, c, h, q, q)
     to_end = rearrange(L[..., -1, :] * dt, "b c h q -> b c q h 1")
