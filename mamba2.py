@@ -1203,6 +1203,8 @@ def _checkpoint_file(name: str | os.PathLike, filename: str) -> Path | None:
     if Path(name).is_dir():
         path = Path(name) / filename
         return path if path.exists() else None
+    if "/" not in str(name):
+        raise OSError(f"can't load {str(name)!r}: no such directory, and no name of the form owner/model")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
@@ -1497,8 +1499,10 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(arguments: argparse.Namespace) -> None:
     """Stream the continuation to standard output and a summary to standard error."""
+    from huggingface_hub.utils import logging
     from tokenizers.decoders import DecodeStream
 
+    logging.set_verbosity_error()  # an unreachable hub ends in one line
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
     model = Mamba2ForCausalLM.from_pretrained(arguments.model, device=arguments.device, dtype=dtype)
     tokenizer = _load_tokenizer(arguments.model)
