@@ -726,10 +726,10 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(e, n))
         self.D = nn.Parameter(torch.empty(e))
         self.out_proj = nn.Linear(e, config.d_model, bias=config.bias)
-        self.reset_parameters()
+        self._init_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def _init_parameters(self) -> None:
         """The initialisation of the official code, which the paper's section 3.6 describes.
 
         The paper draws dt uniformly from [dt_min, dt_max]; the code, followed here, log-uniformly.

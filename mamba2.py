@@ -444,8 +444,9 @@ def ssd(
     segment = q * max(1, most // max(1, b * q * h * p))
     whole, rest = l - l % q, l % q  # a last chunk that is shorter comes on its own
     lengths = [min(segment, whole - start) for start in range(0, whole, segment)] + [rest] * (rest > 0)
-    # Without gradients y is written in place; with them its pieces are put together.
-    y = None if torch.is_grad_enabled() else torch.empty_like(x, dtype=dtype)
+    # Without gradients y is written in place; with them, and in compiled code, its pieces are put together.
+    together = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    y = None if together else torch.empty(x.shape, dtype=dtype, device=x.device)
     places = [None] * len(lengths) if y is None else y.split(lengths, dim=1)
     pieces = []
     for *piece, place in zip(*(v.split(lengths, dim=1) for v in (x, dt, B, C)), places, strict=True):
@@ -712,10 +713,10 @@ class Mamba2Mixer(nn.Module):
         self.D = nn.Parameter(torch.empty(h))
         self.norm = GatedRMSNorm(e, config.ngroups, config.norm_epsilon)
         self.out_proj = nn.Linear(e, config.d_model, bias=config.bias)
-        self.reset_parameters()
+        self._init_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self) -> None:
+    def _init_parameters(self) -> None:
         """The initialisation of the official code: dt log-uniform in [dt_min, dt_max], A uniform in A_init_range."""
         config = self.config
         self.A_log.uniform_(*config.A_init_range).log_()
