@@ -1926,6 +1926,26 @@ def test_gradient_checkpointing_changes_no_gradient(file):
         assert torch.allclose(p.grad, q.grad, rtol=1e-5, atol=1e-8), name
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_training_step_compiles_whole_and_gives_the_same_numbers(file, backend):
+    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, ids = file.LM(file.Config(d_model=32, n_layer=1, vocab_size=VOCAB, **file.tiny)), random_ids(2, 35)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    results = []
+    for run_model in (compiled, model):
+        model.zero_grad()
+        out = run_model(ids, labels=ids)
+        out["loss"].backward()
+        results.append([out["logits"].detach(), *(p.grad for p in model.parameters())])
+    for got, expected in zip(*results, strict=True):
+        assert error(got, expected) < 1e-5
+    with torch.no_grad():
+        assert error(compiled(ids), model(ids)) < 1e-5
+
+
 def test_the_snippet_of_minimamba_0_2_runs():
     config = mamba.MambaConfig(d_model=64, n_layer=2, vocab_size=10000, d_state=16, d_conv=4, expand=2)
     model = mamba.Mamba(config=config).eval()
