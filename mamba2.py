@@ -610,13 +610,12 @@ def causal_conv(
     return y.to(x.dtype), newest.detach().mT.to(weight.dtype, copy=True)
 
 
-_CONV_ELEMENTS = 2**18  # of a tile
-
-
-def _tiles(b: int, l: int, c: int) -> list[tuple[slice, int, int]]:
-    """Cut (b, l, c) into tiles (rows, start, length) that stay in a CPU's cache through several operations."""
-    length = max(1, min(l, _CONV_ELEMENTS // c))
-    rows = max(1, _CONV_ELEMENTS // (length * c))
+def _tiles(x: Tensor) -> list[tuple[slice, int, int]]:
+    """Cut (b, l, c) into tiles (rows, start, length) that stay in a CPU's cache; on other devices there is one tile."""
+    b, l, c = x.shape
+    most = 2**18 if x.device.type == "cpu" else max(1, x.numel())
+    length = max(1, min(l, most // c))
+    rows = max(1, most // (length * c))
     return [(slice(r, r + rows), s, min(length, l - s)) for r in range(0, b, rows) for s in range(0, l, length)]
 
 
@@ -637,7 +636,7 @@ def _conv_tile(
 def _conv(x: Tensor, before: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
     """x: (b, l, c); before: (b, k, c), the inputs before x; taps: (k, c); bias: (c,); result: (b, l, c), as taps."""
     y = torch.empty(x.shape, dtype=taps.dtype, device=x.device)
-    for rows, start, length in _tiles(*x.shape):
+    for rows, start, length in _tiles(x):
         y_tile = y[rows, start : start + length]
         _conv_tile(y_tile, x, before, taps, bias, rows, start, length)
         F.silu(y_tile, inplace=True)
@@ -652,7 +651,7 @@ def _conv_backward(
     k = taps.shape[0]
     dx, dbefore = torch.zeros(x.shape, dtype=taps.dtype, device=x.device), torch.zeros_like(before, dtype=taps.dtype)
     dtaps, dbias = torch.zeros_like(taps), torch.zeros_like(bias)
-    for rows, start, length in _tiles(*x.shape):
+    for rows, start, length in _tiles(x):
         dy_tile = dy[rows, start : start + length]
         y = torch.empty(dy_tile.shape, dtype=taps.dtype, device=x.device)
         _conv_tile(y, x, before, taps, bias, rows, start, length)
@@ -904,6 +903,14 @@ class Mamba2Encoder(Mamba2PreTrained):
         dtype = self.norm_f.weight.dtype
         return x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
 
+    def _states(self, inference_params: Any) -> dict[int, tuple[Tensor, Tensor]]:
+        """A copy of the cache's dict, which must hold states for all layers or none."""
+        states = dict(inference_params.key_value_memory_dict)
+        if states and states.keys() != set(range(len(self.layers))):
+            allowed = f"hold states for layers 0 to {len(self.layers) - 1}, or none"
+            raise ValueError(f"inference_params must {allowed}, got {sorted(states)}")
+        return states
+
     def forward(self, x: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None) -> Tensor:
         """(b, l, d_model) to the same shape, in the weights' type.
 
@@ -917,14 +924,11 @@ class Mamba2Encoder(Mamba2PreTrained):
             left, lengths = _padding(attention_mask, x.shape[:2])
         if left is not None:
             x = _roll(x, left)  # the real tokens first, so that only padding on the right remains
-        cache = None
-        if inference_params is not None:
-            cache = InferenceParams(dict(inference_params.key_value_memory_dict))
+        cache = None if inference_params is None else InferenceParams(self._states(inference_params))
+        # A block can't be recomputed from a cache, which holds its new states by then.
+        recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         for layer in self.layers:
-            if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cache, lengths, use_reentrant=False)
-            else:
-                x = layer(x, cache, lengths)
+            x = checkpoint(layer, x, None, lengths, use_reentrant=False) if recompute else layer(x, cache, lengths)
         x = self.norm_f(x)
         if inference_params is not None:
             _commit(cache.key_value_memory_dict, inference_params, x.shape[1])
@@ -932,7 +936,7 @@ class Mamba2Encoder(Mamba2PreTrained):
 
     def step(self, x: Tensor, inference_params: Any) -> Tensor:
         """One vector of each sequence, (b, d_model) to the same shape, after those that the states have seen."""
-        states = inference_params.key_value_memory_dict
+        states = self._states(inference_params)
         if not states:
             states = {i: layer.mixer.new_states(x.shape[0]) for i, layer in enumerate(self.layers)}
         for i, layer in enumerate(self.layers):

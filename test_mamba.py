@@ -1946,6 +1946,92 @@ def test_a_training_step_compiles_whole_and_gives_the_same_numbers(file, backend
         assert error(compiled(ids), model(ids)) < 1e-5
 
 
+def gradients_and_results(function, arguments):
+    arguments = [value.clone().requires_grad_() for value in arguments]
+    y, state = function(*arguments)
+    torch.manual_seed(0)
+    total = (y * torch.randn(y.shape, dtype=y.dtype)).sum() + (state * torch.randn(state.shape, dtype=y.dtype)).sum()
+    return [y.detach(), state.detach(), *torch.autograd.grad(total, arguments)]
+
+
+def test_the_scan_in_groups_of_rows_is_its_definition():
+    torch.manual_seed(0)
+    b, l, e, n = 20, 35, 512, 16
+    assert mamba._tiling(b, l, e, n, torch.device("cpu"), 0, 0)[2] < b
+    u, dt, A = torch.randn(b, l, e), torch.rand(b, l, e), -torch.rand(e, n)
+    arguments = [v.double() for v in (u, dt, A, *torch.randn(2, b, l, n), torch.randn(b, e, n))]
+    results = [gradients_and_results(f, arguments) for f in (mamba.selective_scan, mamba.selective_scan_recurrence)]
+    for got, exact in zip(*results, strict=True):
+        assert error(got, exact) < 1e-12
+
+
+def test_ssd_in_several_segments_is_its_definition():
+    torch.manual_seed(0)
+    b, l, h, p, n = 1, 2150, 8, 64, 4  # two segments of whole chunks, and a rest
+    x, dt, A = torch.randn(b, l, h, p), torch.rand(b, l, h), -torch.rand(h)
+    arguments = [v.double() for v in (x, dt, A, *torch.randn(2, b, l, 1, n), torch.randn(b, h, p, n))]
+    results = [gradients_and_results(f, arguments) for f in (mamba2.ssd, mamba2.ssd_recurrence)]
+    for got, exact in zip(*results, strict=True):
+        assert error(got, exact) < 1e-11
+    with torch.no_grad():  # y is written in place then
+        for got, exact in zip(mamba2.ssd(*arguments), results[1], strict=False):
+            assert error(got, exact) < 1e-11
+
+
+@pytest.mark.parametrize("shape", [(1, 9001, 64), (70, 129, 64)])  # several tiles of time, of rows
+def test_the_convolution_is_conv1d_however_it_is_cut_into_tiles(file, shape):
+    generator = torch.Generator().manual_seed(0)
+    x, state, weight, bias = (
+        torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True)
+        for s in (shape, (shape[0], 64, 4), (64, 1, 4), (64,))
+    )
+    assert len(file.module._tiles(x)) > 1
+    window = torch.cat([state[..., 1:], x.mT], dim=-1)
+    expected = F.silu(F.conv1d(window, weight, bias, groups=64)).mT
+    y, newest = file.module.causal_conv(x, state, weight, bias)
+    assert error(y, expected) < 1e-12 and torch.equal(newest, x[:, -4:].mT)
+    direction = torch.randn(shape, generator=generator, dtype=torch.float64)
+    inputs = (x, state, weight, bias)
+    results = [torch.autograd.grad(v, inputs, direction) for v in (y, expected)]
+    for got, exact in zip(*results, strict=True):
+        assert error(got, exact) < 1e-12
+
+
+def test_gradient_checkpointing_and_a_cache_go_together(file):
+    config = dict(d_model=32, n_layer=2, vocab_size=VOCAB, **file.tiny)
+    plain, saving = file.LM(file.Config(**config)), file.LM(file.Config(**config, gradient_checkpointing=True))
+    saving.load_state_dict(plain.state_dict())
+    ids = random_ids(2, 12)
+    for model in (plain, saving):
+        params = file.module.InferenceParams()
+        model.train()(ids[:, :5], params)
+        model(ids[:, 5:], params).square().mean().backward()
+    for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-5, atol=1e-8), name
+
+
+def test_a_cache_of_another_number_of_layers_is_refused(file):
+    small, large = (file.LM(file.Config(d_model=32, n_layer=n, vocab_size=VOCAB, **file.tiny)) for n in (1, 2))
+    params = file.module.InferenceParams()
+    small(random_ids(2, 4), params)
+    for use in (lambda: large(random_ids(2, 4), params), lambda: large.step(torch.tensor([1, 2]), params)):
+        with pytest.raises(ValueError, match="inference_params must hold states for layers 0 to 1"):
+            use()
+
+
+def test_autocast_leaves_the_scan_and_ssd_in_float32():
+    torch.manual_seed(0)
+    u, dt, A, B, C = torch.randn(2, 70, 8), torch.rand(2, 70, 8), -torch.rand(8, 4), *torch.randn(2, 2, 70, 4)
+    x, steps, rate, groups = torch.randn(2, 70, 4, 8), torch.rand(2, 70, 4), -torch.rand(4), torch.randn(2, 2, 70, 1, 4)
+    works = [(mamba.selective_scan, (u, dt, A, B, C)), (mamba2.ssd, (x, steps, rate, *groups))]
+    for function, arguments in works:
+        expected = function(*arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = function(*arguments)
+        for value, exact in zip(got, expected, strict=True):
+            assert value.dtype == torch.float32 and torch.equal(value, exact)
+
+
 def test_the_snippet_of_minimamba_0_2_runs():
     config = mamba.MambaConfig(d_model=64, n_layer=2, vocab_size=10000, d_state=16, d_conv=4, expand=2)
     model = mamba.Mamba(config=config).eval()
