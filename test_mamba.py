@@ -1978,6 +1978,12 @@ def test_ssd_in_several_segments_is_its_definition():
             assert error(got, exact) < 1e-11
 
 
+def test_the_convolution_is_the_same_text_in_both_files():
+    texts = (Path(module.__file__).read_text() for module in (mamba, mamba2))
+    one, two = (text[text.index("def causal_conv(") : text.index("Mixer(nn.Module)")] for text in texts)
+    assert one.removesuffix("class Mamba") == two.removesuffix("class Mamba2")
+
+
 @pytest.mark.parametrize("shape", [(1, 9001, 64), (70, 129, 64)])  # several tiles of time, of rows
 def test_the_convolution_is_conv1d_however_it_is_cut_into_tiles(file, shape):
     generator = torch.Generator().manual_seed(0)
