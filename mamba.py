@@ -281,6 +281,9 @@ def _from_state_spaces(stored: Mapping[str, Any], layer: str) -> dict[str, Any]:
     return values
 
 
+States = dict[int, tuple[Tensor, Tensor]]  # of each layer, by its index: conv_state and ssm_state
+
+
 @dataclass
 class InferenceParams:
     """The state of every layer after the tokens read so far: all that generation has to remember.
@@ -289,7 +292,7 @@ class InferenceParams:
     object with that dict. `seqlen_offset` counts the tokens read, for information.
     """
 
-    key_value_memory_dict: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    key_value_memory_dict: States = field(default_factory=dict)
     seqlen_offset: int = 0
 
     def reset(self) -> None:
@@ -591,10 +594,14 @@ def _(dy, dh, u, dt, A, B, C, borders, block_len, n_parallel):
 def _scan_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, _, ctx.block_len, ctx.n_parallel, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)  # the stored states have none
 
 
-def _scan_gradients(ctx: Any, dy: Tensor, dh: Tensor, _: Tensor) -> tuple:
-    gradients = _scan_backward(dy, dh, *ctx.saved_tensors, ctx.block_len, ctx.n_parallel)
+def _scan_gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple:
+    _, dt, *_, borders = saved = ctx.saved_tensors
+    dy = torch.zeros_like(dt) if dy is None else dy
+    dh = borders.new_zeros(borders.shape[1:]) if dh is None else dh
+    gradients = _scan_backward(dy, dh, *saved, ctx.block_len, ctx.n_parallel)
     return *gradients, None, None, None
 
 
@@ -623,7 +630,7 @@ def causal_conv(
     else:
         index = lengths[:, None] + torch.arange(k, device=x.device)
         newest = torch.cat([conv_state.mT, x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-    return y.to(x.dtype), newest.detach().mT.to(weight.dtype, copy=True)
+    return y.to(x.dtype), newest.detach().to(weight.dtype).mT.contiguous()
 
 
 def _tiles(x: Tensor) -> list[tuple[slice, int, int]]:
@@ -710,6 +717,19 @@ def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None
     return F.silu(y if bias is None else y + bias).to(x.dtype), conv_state
 
 
+class Linear(nn.Linear):
+    """nn.Linear; the few vectors of a decoding step are multiplied as weight times columns, faster on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.numel() // max(1, x.shape[-1])
+        if not 0 < count <= 16 or torch.is_grad_enabled():
+            return super().forward(x)
+        columns = x.reshape(-1) if count == 1 else x.reshape(count, -1).mT  # (i,) or (i, count)
+        y = (self.weight @ columns).mT if count > 1 else self.weight @ columns
+        y = y.reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class MambaMixer(nn.Module):
     """The Mamba layer, (b, l, d_model) to the same shape: convolution and selective scan, gated by a second branch."""
 
@@ -718,13 +738,13 @@ class MambaMixer(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         e, n, r = config.d_inner, config.d_state, config.dt_rank
-        self.in_proj = nn.Linear(config.d_model, 2 * e, bias=config.bias)
+        self.in_proj = Linear(config.d_model, 2 * e, bias=config.bias)
         self.conv1d = nn.Conv1d(e, e, config.d_conv, groups=e, bias=config.conv_bias)
-        self.x_proj = nn.Linear(e, r + 2 * n, bias=False)
+        self.x_proj = Linear(e, r + 2 * n, bias=False)
         self.dt_proj = nn.Linear(r, e)
         self.A_log = nn.Parameter(torch.empty(e, n))
         self.D = nn.Parameter(torch.empty(e))
-        self.out_proj = nn.Linear(e, config.d_model, bias=config.bias)
+        self.out_proj = Linear(e, config.d_model, bias=config.bias)
         self._init_parameters()
 
     @torch.no_grad()
@@ -793,8 +813,8 @@ class MambaMixer(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e) each
         u, conv_state = conv_step(u, conv_state, self.conv1d.weight, self.conv1d.bias)
         dt, B, C = self._select(u)  # (b, e), (b, n), (b, n)
-        A = -torch.exp(self.A_log.to(dt.dtype))
-        ssm_state = ssm_state * torch.exp(dt[..., None] * A)
+        decay = torch.exp(-dt[..., None] * torch.exp(self.A_log.to(dt.dtype)))  # (b, e, n)
+        ssm_state = ssm_state * decay
         ssm_state = ssm_state.addcmul_((dt * u)[..., None], B[:, None].to(dt.dtype))  # (b, e, n)
         y = (ssm_state @ C[..., None].to(dt.dtype)).squeeze(-1)  # (b, e)
         y = torch.addcmul(y, u, self.D) * F.silu(z)
@@ -904,7 +924,7 @@ class MambaEncoder(MambaPreTrained):
         dtype = self.norm_f.weight.dtype
         return x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
 
-    def _states(self, inference_params: Any) -> dict[int, tuple[Tensor, Tensor]]:
+    def _states(self, inference_params: Any) -> States:
         """A copy of the cache's dict, which must hold states for all layers or none."""
         states = dict(inference_params.key_value_memory_dict)
         if states and states.keys() != set(range(len(self.layers))):
@@ -937,17 +957,23 @@ class MambaEncoder(MambaPreTrained):
 
     def step(self, x: Tensor, inference_params: Any) -> Tensor:
         """One vector of each sequence, (b, d_model) to the same shape, after those that the states have seen."""
-        states = self._states(inference_params)
-        if not states:
-            states = {i: layer.mixer.new_states(x.shape[0]) for i, layer in enumerate(self.layers)}
+        states = self._states(inference_params) or self.new_states(x.shape[0])
         for i, layer in enumerate(self.layers):
             _check_states(states[i], layer.mixer.state_shapes(x.shape[0]))
+        x, states = self.advance(x, states)
+        _commit(states, inference_params, 1)
+        return x
+
+    def advance(self, x: Tensor, states: States) -> tuple[Tensor, States]:
+        """`step` as a function: one vector of each sequence and the states of all layers to the same, one step on."""
         x, new = self._residual(x), {}
         for i, layer in enumerate(self.layers):
             x, *new[i] = layer.step(x, *states[i])
-        x = self.norm_f(x)
-        _commit({i: tuple(pair) for i, pair in new.items()}, inference_params, 1)
-        return x
+        return self.norm_f(x), {i: tuple(pair) for i, pair in new.items()}
+
+    def new_states(self, batch_size: int) -> States:
+        """The states of all layers at the start of a sequence."""
+        return {i: layer.mixer.new_states(batch_size) for i, layer in enumerate(self.layers)}
 
 
 def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
@@ -972,7 +998,7 @@ def _roll(x: Tensor, by: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand_as(x))
 
 
-def _commit(new: dict[int, tuple[Tensor, Tensor]], inference_params: Any, n_tokens: int) -> None:
+def _commit(new: States, inference_params: Any, n_tokens: int) -> None:
     """Write the new states of all layers over the old ones, in place."""
     old = inference_params.key_value_memory_dict
     for layer_idx, states in new.items():
@@ -1025,7 +1051,7 @@ class MambaForCausalLM(MambaPreTrained):
         super().__init__()
         self.config = config
         self.backbone = MambaModel(config)
-        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -1076,6 +1102,15 @@ class MambaForCausalLM(MambaPreTrained):
             )
         vectors = self.backbone.embed(token_ids[:, None], "token_ids")[:, 0]
         return self._logits(self.backbone.step(vectors, inference_params))
+
+    @torch.no_grad()
+    def advance(self, token_ids: Tensor, states: States) -> tuple[Tensor, States]:
+        """`step` as a function, for torch.compile and torch.export: ids (b,) and states to logits and new states.
+
+        states: `backbone.new_states(b)`, or the `key_value_memory_dict` that a prompt has filled.
+        """
+        x, states = self.backbone.advance(self.backbone.embeddings(token_ids), states)
+        return self._logits(x), states
 
     @torch.no_grad()
     def generate(
@@ -1213,13 +1248,15 @@ def _checkpoint_file(name: str | os.PathLike, filename: str) -> Path | None:
         return path if path.exists() else None
     if "/" not in str(name):
         raise OSError(f"can't load {str(name)!r}: no such directory, and no name of the form owner/model")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(str(name), filename))
     except EntryNotFoundError as error:
         if not isinstance(error, LocalEntryNotFoundError):
+            return None
+        if try_to_load_from_cache(str(name), filename) is _CACHED_NO_EXIST:  # the hub said so when it was reached
             return None
         reason = "no such directory, the model hub can't be reached, and its cache has no copy"
     except HFValidationError:
@@ -1347,7 +1384,7 @@ def _swap(directory: Path, new: Path, old: Path) -> None:
 # 7. Generation
 # ----------------------------------------------------------------------------------------------------------------------
 
-PROMPT_SEGMENT = 4096  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
+PROMPT_SEGMENT = 512  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
 
 
 def _generate(
@@ -1401,7 +1438,8 @@ def _tokens(
     finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     for _ in range(max_new_tokens):
         if token is not None and use_cache:
-            logits = model.step(token, cache)
+            logits, states = model.advance(token, cache.key_value_memory_dict)
+            cache.key_value_memory_dict = states
         else:
             if token is not None:
                 input_ids = torch.cat([input_ids, token[:, None]], dim=1)
@@ -1495,6 +1533,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.prompt = sys.stdin.read()
     if not arguments.prompt:
         parser.error("no prompt: give one as an argument or on standard input")
+    if arguments.model == str(DEFAULT_CHECKPOINT) and not DEFAULT_CHECKPOINT.is_dir():
+        parser.error(f"no checkpoint in {DEFAULT_CHECKPOINT}: give --model, a directory or a name on the model hub")
     devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if arguments.device == "auto":
         arguments.device = next(device for device, available in devices.items() if available)

@@ -37,6 +37,7 @@ Glossary
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -296,6 +297,9 @@ def _from_state_spaces(stored: Mapping[str, Any], layer: str) -> dict[str, Any]:
     return values
 
 
+States = dict[int, tuple[Tensor, Tensor]]  # of each layer, by its index: conv_state and ssm_state
+
+
 @dataclass
 class InferenceParams:
     """The state of every layer after the tokens read so far: all that generation has to remember.
@@ -304,7 +308,7 @@ class InferenceParams:
     object with that dict. `seqlen_offset` counts the tokens read, for information.
     """
 
-    key_value_memory_dict: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    key_value_memory_dict: States = field(default_factory=dict)
     seqlen_offset: int = 0
 
     def reset(self) -> None:
@@ -407,6 +411,15 @@ def ssd_quadratic(
     return rearrange(y, "b h l p -> b l h p"), state
 
 
+def decay_matrix(a: Tensor) -> Tensor:
+    """The 1-semiseparable mask L (section 3): L[i, j] = exp(a[j+1] + ... + a[i]) for j <= i, else 0.
+
+    a: (..., q), not positive; L: (..., q, q).
+    """
+    sums = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)  # without differences, which would cancel
+    return sums.exp().tril()
+
+
 @_full_precision
 def ssd(
     x: Tensor,
@@ -416,6 +429,7 @@ def ssd(
     C: Tensor,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
+    n_parallel: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The chunked form (the block decomposition of section 6, Listing 1): matrix products alone, linear in l.
 
@@ -424,9 +438,13 @@ def ssd(
         h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t
 
     x: (b, l, h, p); dt: (b, l, h), not negative, its type is that of the computation; A: (h,), negative; B, C:
-    (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n), zero when None. chunk_size changes the work,
-    not the result. Returns y (b, l, h, p) and the final state (b, h, p, n). Differentiable once, in every argument.
-    Raises ValueError for shapes that don't fit.
+    (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n), zero when None. Returns y (b, l, h, p) and
+    the final state (b, h, p, n). Differentiable once, in every argument. Raises ValueError for shapes that don't fit.
+
+    `n_parallel` chunks are worked on side by side: one where a chunk fills a CPU's cache, more where chunks are small,
+    and on a GPU as many as its memory allows, so that the number of kernels hardly grows with the length. It and
+    `chunk_size` change the work and not the result. The backward pass keeps the states between chunks and computes the
+    rest again.
     """
     (b, l, h, p), (g, n), dtype = x.shape, B.shape[2:], dt.dtype
     expected = {"dt": (b, l, h), "A": (h,), "B": (b, l, g, n), "C": (b, l, g, n), "initial_state": (b, h, p, n)}
@@ -436,153 +454,294 @@ def ssd(
     if h % g or chunk_size < 1:
         allowed = "the groups of B must divide the heads of x, and chunk_size must be positive"
         raise ValueError(f"{allowed}, got {g}, {h} and {chunk_size}")
+    if n_parallel is not None and n_parallel < 1:
+        raise ValueError(f"n_parallel must be None or a positive integer, got {n_parallel}")
     state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dtype)
-    if l == 0:
-        return x.to(dtype, copy=True), state
-    q = min(chunk_size, l)
-    most = 2**20 if x.device.type == "cpu" else 2**26  # elements of x at once: few enough for a CPU's cache
-    segment = q * max(1, most // max(1, b * q * h * p))
-    whole, rest = l - l % q, l % q  # a last chunk that is shorter comes on its own
-    lengths = [min(segment, whole - start) for start in range(0, whole, segment)] + [rest] * (rest > 0)
-    # Without gradients y is written in place; with them, and in compiled code, its pieces are put together.
-    together = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    y = None if together else torch.empty(x.shape, dtype=dtype, device=x.device)
-    places = [None] * len(lengths) if y is None else y.split(lengths, dim=1)
-    pieces = []
-    for *piece, place in zip(*(v.split(lengths, dim=1) for v in (x, dt, B, C)), places, strict=True):
-        x_i, dt_i, B_i, C_i = (v.to(dtype) for v in piece)
-        y_i, state = _ssd_chunks(x_i, dt_i, A.to(dtype), B_i, C_i, state, min(q, x_i.shape[1]), place)
-        pieces.append(y_i)
-    return torch.cat(pieces, dim=1) if y is None else y, state
+    keep = torch.is_grad_enabled() and any(v.requires_grad for v in (x, dt, A, B, C, state))
+    y, state, _ = _ssd(x, dt, A, B, C, state, chunk_size, n_parallel or 0, keep)
+    return y, state
 
 
-def _ssd_chunks(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, q: int, out: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`ssd` for a whole number of chunks of q steps, in one piece; y is written to `out`, unless that is None."""
-    g, p = B.shape[2], x.shape[-1]
-    x = rearrange(x, "b (c q) h p -> b c q h p", q=q)
-    dt = rearrange(dt, "b (c q) h -> b c h q", q=q).contiguous()
-    B, C = (rearrange(v, "b (c q) g n -> b c g q n", q=q).contiguous() for v in (B, C))
-    a = dt * A[:, None]  # (b, c, h, q)
-    L = decay_matrix(a)  # (b, c, h, q, q)
-    to_end = rearrange(L[..., -1, :] * dt, "b c h q -> b c q h 1")
-
-    # 1. The output of each chunk from its own inputs: attention with the mask L (diagonal blocks).
-    scores = L.unflatten(2, (g, -1))  # (b, c, g, h / g, q, q)
-    scores = torch.mul(scores, (C @ B.mT)[:, :, :, None], out=None if out is None else scores).flatten(2, 3)
-    scores = torch.mul(scores, dt[..., None, :], out=None if out is None else scores)  # (b, c, h, q, q)
-    y = scores @ x.transpose(2, 3)  # (b, c, h, q, p)
-
-    # 2. The state that each chunk's own inputs leave at its end.
-    own = rearrange(x * to_end, "b c q (g h) p -> b c g q (h p)", g=g)
-    own = B.mT @ own  # (b, c, g, n, (h p))
-
-    # 3. The state at the start of each chunk: a recurrence across chunks.
-    decay = a.sum(-1).exp().repeat_interleave(p, dim=-1).unflatten(-1, (g, 1, -1))  # (b, c, g, 1, (h p))
-    state = rearrange(state, "b (g h) p n -> b g n (h p)", g=g)
-    states = _pass_states(own, decay, state)  # (b, c + 1, g, n, (h p))
-    entering, state = states.split([states.shape[1] - 1, 1], dim=1)
-
-    # 4. The output from the state at the start of the chunk (off-diagonal blocks).
-    from_start = rearrange(a.cumsum(-1).exp(), "b c h q -> b c q h 1")
-    carried = rearrange(C @ entering, "b c g q (h p) -> b c q (g h) p", p=p)
-    out = None if out is None else out.unflatten(1, (-1, q))
-    y = torch.addcmul(y.transpose(2, 3), carried, from_start, out=out)
-    return y.flatten(1, 2), rearrange(state, "b 1 g n (h p) -> b (g h) p n", p=p)
+def _tiling(shape: torch.Size, q: int, device: torch.device, n_parallel: int) -> tuple[int, int, int]:
+    """Rows of the batch worked on at once, the chunks whose masks are made at once, and the chunks side by side."""
+    b, l, h, p = shape
+    chunk, mask, count = max(1, q * h * p), max(1, q * q * h), max(1, -(-l // q))
+    if device.type == "cpu":
+        rows = max(1, min(b, 2**17 // chunk))
+        k = n_parallel or max(1, 2**16 // (rows * chunk))
+        return rows, min(count, max(k, 2**20 // (rows * mask))), k
+    rows = max(1, min(b, 2**26 // max(chunk, mask)))  # bounds the memory
+    k = n_parallel or max(1, min(count, 2**26 // (rows * max(chunk, mask))))
+    return rows, k, k
 
 
-def decay_matrix(a: Tensor) -> Tensor:
-    """The 1-semiseparable mask L (section 3): L[i, j] = exp(a[j+1] + ... + a[i]) for j <= i, else 0.
+def _segments(l: int, q: int, most: int) -> list[tuple[slice, int]]:
+    """Cut l steps into segments of at most `most` chunks: (steps, q); a last chunk that is shorter comes on its own."""
+    whole = l - l % q if q else 0
+    segments = [(slice(start, min(start + most * q, whole)), q) for start in range(0, whole, most * q or 1)]
+    return segments + [(slice(whole, l), l - whole)] * (whole < l)
 
-    a: (..., q), not positive; L: (..., q, q). Each row is the one above times exp(a[i]): products of factors in [0, 1],
-    where a difference of cumulative sums would cancel.
+
+def _chunks(v: Tensor, rows: slice, steps: slice, q: int) -> Tensor:
+    """(b, l, ...) to a view of the chunks of a segment: (c, r, q, ...)."""
+    return v[rows, steps].unflatten(1, (-1, q)).transpose(0, 1)
+
+
+def _decay_products_(L: Tensor, a: Tensor) -> None:
+    """Write `decay_matrix(a)` below the diagonal of L (..., 2^k, 2^k), which holds ones on it and zeros above.
+
+    Blocks of twice the size, again and again: what lies below two blocks on the diagonal is the first column of the
+    second times the last row of the first. All factors are in [0, 1].
     """
-    return _decay_matrix(a)
+    size = L.shape[-1]
+    factors = F.pad(a, (0, size - a.shape[-1])).exp()
+    half = 1
+    while half < size:
+        shape = (size // (2 * half), 2, half)  # pairs of blocks on the diagonal; their number comes last from here on
+        pairs = L.unflatten(-1, shape).unflatten(-4, shape).diagonal(dim1=-6, dim2=-3)  # (..., 2, half, 2, half, s)
+        between = factors.unflatten(-1, shape)[..., 1, 0]  # (..., s)
+        column = pairs[..., 1, :, 1, 0, :] * between[..., None, :]  # (..., half, s)
+        row = pairs[..., 0, -1, 0, :, :]  # (..., half, s)
+        torch.mul(column[..., :, None, :], row[..., None, :, :], out=pairs[..., 1, :, 0, :, :])
+        half *= 2
+    F.threshold_(L, torch.finfo(L.dtype).tiny ** 0.75, 0)  # 2e-29: CPUs are slow with numbers below the normal range
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::decay_matrix", mutates_args=())
-def _decay_matrix(a: Tensor) -> Tensor:
+def _load(
+    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, rows: slice, steps: slice, q: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The chunks of a segment: x (c, r, q, h, p), dt (c, r, h, q), B and C (c, r, g, q, n)."""
+    x, dt, B, C = (_chunks(v, rows, steps, q).to(dt.dtype) for v in (x, dt, B, C))
+    return x, dt.mT.contiguous(), *(v.transpose(2, 3).contiguous() for v in (B, C))
+
+
+def _space(like: Tensor) -> Callable[[str, tuple[int, ...]], Tensor]:
+    """Memory for intermediates, the same for all chunks of one size; "L" begins as identity matrices."""
+
+    @functools.cache
+    def space(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name != "L":
+            return like.new_empty(shape)
+        return torch.eye(shape[-1], dtype=like.dtype, device=like.device).repeat(*shape[:-2], 1, 1)
+
+    return space
+
+
+def _masks(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, space: Callable) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of chunks dt (c, r, h, q), B and C (c, r, g, q, n): L and G = C B^T, and what decays until and from each step.
+
+    L: (c, r, h, q, q); G: (c, r, g, q, q); from_start, of the state at the start, and to_end, of dt until the end of
+    the chunk: (c, r, h, q).
+    """
+    a = dt * A[:, None]
     q = a.shape[-1]
-    L = a.new_zeros(*a.shape, q)
-    rows, factors = L.unbind(-2), a.exp()[..., None].unbind(-2)
-    L.diagonal(dim1=-2, dim2=-1).fill_(1)
-    negligible = (
-        torch.finfo(a.dtype).tiny ** 0.75
-    )  # 2e-29 in float32: CPUs are slow where factors leave the normal range
-    for i in range(1, q):
-        torch.mul(rows[i - 1][..., :i], factors[i], out=rows[i][..., :i])
-        F.threshold_(rows[i][..., :i], negligible, 0)
-    return L
+    size = 1 << (q - 1).bit_length()
+    L = space("L", (*a.shape[:-1], size, size))
+    _decay_products_(L, a)
+    L = L[..., :q, :q]
+    from_start = L[..., 0] * a[..., :1].exp()
+    return L, C @ B.mT, from_start, L[..., -1, :] * dt
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::decay_matrix_backward", mutates_args=())
-def _decay_matrix_backward(dL: Tensor, L: Tensor) -> Tensor:
-    """da[k] is the sum of dL * L over all (i, j) with j < k <= i."""
-    q = L.shape[-1]
-    da = torch.zeros_like(L[..., 0])
-    below = torch.zeros_like(da)  # column sums of the rows from k on
-    for k in range(q - 1, 0, -1):
-        below.addcmul_(dL[..., k, :], L[..., k, :])
-        torch.sum(below[..., :k], dim=-1, out=da[..., k])
-    return da
+def _per_head(L: Tensor, G: Tensor, out: Tensor) -> Tensor:
+    """L (c, r, h, q, q) * G (c, r, g, q, q), which the heads of a group share."""
+    g = G.shape[2]
+    torch.mul(L.unflatten(2, (g, -1)), G[:, :, :, None], out=out.unflatten(2, (g, -1)))
+    return out
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::pass_states", mutates_args=())
-def _pass_states(own: Tensor, decay: Tensor, initial: Tensor) -> Tensor:
-    """The state at the start of each chunk and at the end: s[0] = initial, s[c+1] = decay[c] * s[c] + own[c].
+def _decay(from_start: Tensor, g: int, p: int) -> Tensor:
+    """From start to end of each chunk, (c, r, h, q), for each channel: (c, r, g, 1, e/g)."""
+    return from_start[..., -1].repeat_interleave(p, dim=-1).unflatten(-1, (g, 1, -1))
 
-    own: (b, c, g, n, e); decay: (b, c, g, 1, e); initial: (b, g, n, e); result: (b, c + 1, g, n, e).
+
+def _by_step(v: Tensor) -> Tensor:
+    return v.mT[..., None].contiguous()  # (c, r, q, h, 1)
+
+
+def _grouped(v: Tensor, g: int) -> Tensor:
+    """(c, r, q, h, p) to (c, r, g, q, e/g)."""
+    return v.unflatten(3, (g, -1)).transpose(2, 3).flatten(-2)
+
+
+def _ungrouped(v: Tensor, p: int) -> Tensor:
+    """(c, r, g, q, e/g) to (c, r, q, h, p)."""
+    return v.unflatten(-1, (-1, p)).transpose(2, 3).flatten(3, 4)
+
+
+def _bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a @ b, of five dimensions each, written to `out`."""
+    torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out=out.flatten(0, 2))
+    return out
+
+
+def _pass_on(states: Tensor, decay: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
+    """The states before each of k chunks (k, r, g, n, e/g), and the one after the last (1, r, g, n, e/g).
+
+    states: (k, r, g, n, e/g), what each chunk adds, overwritten; decay: (k, r, g, 1, e/g); entering: (1, r, g, n, e/g).
+    With S[i] = states[i] + decay[i] S[i-1], all are found in log2(k) rounds.
     """
-    b, c, *shape = own.shape
-    states = own.new_empty(b, c + 1, *shape)
-    states[:, 0] = initial
-    for i in range(c):
-        torch.addcmul(own[:, i], decay[:, i], states[:, i], out=states[:, i + 1])
-    return states
+    states[:1].addcmul_(decay[:1], entering)
+    span = 1
+    while span < len(states):
+        states[span:] = torch.addcmul(states[span:], decay[span:], states[:-span])
+        decay = torch.cat([decay[:span], decay[span:] * decay[:-span]])
+        span *= 2
+    return torch.cat([entering, states[:-1]]) if len(states) > 1 else entering, states[-1:]
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::pass_states_backward", mutates_args=())
-def _pass_states_backward(dstates: Tensor, decay: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    c = decay.shape[1]
-    down, ddecay = torch.empty_like(states[:, 1:]), torch.empty_like(decay)
-    down[:, c - 1] = dstates[:, c]
-    for i in range(c - 1, -1, -1):
-        torch.sum(down[:, i] * states[:, i], dim=-2, keepdim=True, out=ddecay[:, i])
-        before = down[:, i - 1] if i else torch.empty_like(dstates[:, 0])
-        torch.addcmul(dstates[:, i], decay[:, i], down[:, i], out=before)
-    return down, ddecay, before
+@torch.library.custom_op(f"{_NAMESPACE}::ssd", mutates_args=())
+@_full_precision
+def _ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, chunk_size: int, n_parallel: int, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (b, l, h, p), the final state (b, h, p, n) and, if `keep`, the states before each chunk (c, b, g, n, e/g)."""
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    q = max(1, min(chunk_size, l))
+    most_rows, most, k = _tiling(x.shape, q, x.device, n_parallel)
+    y, final = torch.empty_like(x, dtype=dt.dtype), torch.empty_like(h0)
+    borders = dt.new_empty(-(-l // q) if keep else 0, b, g, n, h * p // g)
+    space, names = _space(dt), itertools.cycle(["states", "states after"])
+    for row in range(0, b, most_rows):
+        rows = slice(row, row + most_rows)
+        state = rearrange(h0[None, rows], "1 r (g h) p n -> 1 r g n (h p)", g=g).contiguous()
+        for steps, q_i in _segments(l, q, most):
+            x_i, dt_i, B_i, C_i = _load(x, dt, B, C, rows, steps, q_i)
+            y_i = _chunks(y, rows, steps, q_i)  # (c, r, q, h, p)
+            L, G, from_start, to_end = _masks(dt_i, A.to(dt.dtype), B_i, C_i, space)
+            scores = _per_head(L, G, space("scores", L.shape)).mul_(dt_i[..., None, :])  # (c, r, h, q, q)
+            decay = _decay(from_start, g, p)
+            from_start, to_end = _by_step(from_start), _by_step(to_end)
+            for i in range(0, len(x_i), k):
+                x_k, y_k, B_k, C_k, scores_k = (v[i : i + k] for v in (x_i, y_i, B_i, C_i, scores))
+                # 1. The output of each chunk from its own inputs: attention with the mask L (diagonal blocks).
+                own = _bmm(scores_k, x_k.transpose(2, 3), space("own", x_k.transpose(2, 3).shape))  # (k, r, h, q, p)
+                # 2. The state that each chunk's own inputs leave at its end.
+                left = torch.mul(x_k, to_end[i : i + k], out=space("left", x_k.shape))
+                states = space(next(names), (len(x_k), *state.shape[1:]))
+                states = _bmm(B_k.mT, _grouped(left, g), states)  # (k, r, g, n, e/g)
+                # 3. The state at the start of each chunk: a recurrence across chunks.
+                before, state = _pass_on(states, decay[i : i + k], state)
+                # 4. The output from the state at the start of the chunk (off-diagonal blocks).
+                carried = _bmm(C_k, before, space("carried", (*C_k.shape[:-1], h // g * p)))  # (k, r, g, q, e/g)
+                torch.addcmul(own.transpose(2, 3), _ungrouped(carried, p), from_start[i : i + k], out=y_k)
+                if keep:
+                    first = steps.start // q + i
+                    borders[first : first + len(before), rows] = before
+        final[rows] = rearrange(state, "1 r g n (h p) -> r (g h) p n", p=p)
+    return y, final, borders
 
 
-@_decay_matrix.register_fake
-def _(a):
-    return a.new_empty(*a.shape, a.shape[-1])
+@torch.library.custom_op(f"{_NAMESPACE}::ssd_backward", mutates_args=())
+@_full_precision
+def _ssd_backward(
+    dy: Tensor,
+    dh: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    borders: Tensor,
+    chunk_size: int,
+    n_parallel: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, dt, A, B, C and of the initial state (b, h, p, n), from those of y and of the final state."""
+    (b, l, _, p), g = x.shape, B.shape[2]
+    q = max(1, min(chunk_size, l))
+    most_rows, most, k = _tiling(x.shape, q, x.device, n_parallel)
+    dx, ddt, dA, dB, dC, dh0 = (torch.empty_like(v) for v in (x, dt, A.to(dt.dtype), B, C, dh))
+    dA.zero_()
+    space, names = _space(dt), itertools.cycle(["states", "states after"])
+    for row in range(0, b, most_rows):
+        rows = slice(row, row + most_rows)
+        dstate = rearrange(dh[None, rows], "1 r (g h) p n -> 1 r g n (h p)", g=g).contiguous()
+        for steps, q_i in reversed(_segments(l, q, most)):
+            x_i, dt_i, B_i, C_i = _load(x, dt, B, C, rows, steps, q_i)
+            dy_i, dx_i, ddt_i, dB_i, dC_i = (_chunks(v, rows, steps, q_i) for v in (dy, dx, ddt, dB, dC))
+            L_i, G_i, from_start_i, to_end_i = _masks(dt_i, A.to(dt.dtype), B_i, C_i, space)
+            given = (dt_i, B_i, C_i, L_i, G_i, from_start_i, to_end_i, _decay(from_start_i, g, p))
+            later = dt.new_ones(q_i, q_i).triu()  # later @ v: sums of v over a row and all rows below it
+            for i in reversed(range(0, len(x_i), k)):
+                dt_k, B_k, C_k, L, G, from_start, to_end, decay = (v[i : i + k] for v in given)
+                x_k, dy_k = x_i[i : i + k], dy_i[i : i + k].to(dt.dtype)  # (k, r, q, h, p)
+                x_h, dy_h = x_k.transpose(2, 3), dy_k.transpose(2, 3)  # (k, r, h, q, p)
+                first = steps.start // q + i
+                before = borders[first : first + len(x_k), rows]  # (k, r, g, n, e/g)
+
+                # 4 and 3. The state at the start of a chunk: from its outputs, and from the state at its end.
+                product = space("product", x_k.shape)
+                dcarried = _grouped(torch.mul(dy_k, _by_step(from_start), out=product), g)  # (k, r, g, q, e/g)
+                dC_k = dcarried @ before.mT  # (k, r, g, q, n)
+                dstates = _bmm(C_k.mT, dcarried, space(next(names), before.shape))
+                if k == 1:
+                    after, dstate = _pass_on(dstates, decay, dstate)
+                else:
+                    after, dstate = _pass_on(dstates.flip(0), decay.flip(0), dstate)
+                    after = after.flip(0)  # the gradient of the state at the end of each chunk
+                carried = _bmm(C_k, before, space("carried", dcarried.shape))
+                dy_carried = torch.mul(dy_k, _ungrouped(carried, p), out=product)
+                dfrom_start = dy_carried.sum(-1).mT * from_start  # (k, r, h, q)
+                ddecay = torch.mul(after, before, out=space("product of states", before.shape)).sum(
+                    -2
+                )  # (k, r, g, e/g)
+                dfrom_start[..., -1] += ddecay.unflatten(-1, (-1, p)).sum(-1).flatten(2) * from_start[..., -1]
+
+                # 2. What a chunk's inputs leave at its end.
+                dB_k = _grouped(torch.mul(x_k, _by_step(to_end), out=product), g) @ after.mT  # (k, r, g, q, n)
+                dleft = _ungrouped(_bmm(B_k, after, carried), p)  # (k, r, q, h, p)
+                dto_end = torch.mul(x_k, dleft, out=product).sum(-1).mT  # (k, r, h, q)
+
+                # 1. The attention within a chunk.
+                M = _per_head(L, G, space("M", L.shape))  # (k, r, h, q, q)
+                dscores = _bmm(dy_h, x_h.mT, space("dscores", L.shape))
+                below = later @ torch.mul(dscores, M, out=space("dM", L.shape))  # (k, r, h, q, q)
+                dG = dscores.mul_(L).mul_(dt_k[..., None, :]).unflatten(2, (g, -1)).sum(3)  # (k, r, g, q, q)
+                dx_h = _bmm(M.mul_(dt_k[..., None, :]).mT, dy_h, space("dx", x_h.shape))
+
+                torch.addcmul(dx_h.transpose(2, 3), dleft, _by_step(to_end), out=product)
+                dx_i[i : i + k] = product
+                dB_i[i : i + k] = (dB_k + dG.mT @ C_k).transpose(2, 3)
+                dC_i[i : i + k] = (dC_k + dG @ B_k).transpose(2, 3)
+                # a[k] is a factor of from_start from k on, of to_end before k, and of L[i, j] where j < k <= i.
+                ddt_k = below[..., 0, :] + dto_end * L[..., -1, :]  # (k, r, h, q)
+                da = (below.tril_(-1) @ dt_k[..., None]).squeeze(-1)
+                da += dfrom_start.flip(-1).cumsum(-1).flip(-1)
+                da[..., 1:] += (dto_end * to_end)[..., :-1].cumsum(-1)
+                dA += (da * dt_k).sum((0, 1, 3))
+                ddt_i[i : i + k] = (ddt_k + da * A[:, None]).mT
+        dh0[rows] = rearrange(dstate, "1 r g n (h p) -> r (g h) p n", p=p)
+    return dx, ddt, dA.to(A.dtype), dB, dC, dh0
 
 
-@_decay_matrix_backward.register_fake
-def _(dL, L):
-    return torch.empty_like(L[..., 0])
+@_ssd.register_fake
+def _(x, dt, A, B, C, h0, chunk_size, n_parallel, keep):
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    count = -(-l // max(1, min(chunk_size, l))) if keep else 0
+    borders = dt.new_empty(count, b, g, n, h * p // g)
+    return torch.empty_like(x, dtype=dt.dtype), torch.empty_like(h0), borders
 
 
-@_pass_states.register_fake
-def _(own, decay, initial):
-    b, c, *shape = own.shape
-    return own.new_empty(b, c + 1, *shape)
+@_ssd_backward.register_fake
+def _(dy, dh, x, dt, A, B, C, borders, chunk_size, n_parallel):
+    return tuple(torch.empty_like(v) for v in (x, dt, A, B, C, dh))
 
 
-@_pass_states_backward.register_fake
-def _(dstates, decay, states):
-    return torch.empty_like(states[:, 1:]), torch.empty_like(decay), torch.empty_like(states[:, 0])
+def _ssd_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, _, ctx.chunk_size, ctx.n_parallel, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(False)  # the stored states have none
 
 
-_decay_matrix.register_autograd(
-    lambda ctx, dL: _decay_matrix_backward(dL, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
-)
-_pass_states.register_autograd(
-    lambda ctx, dstates: _pass_states_backward(dstates, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1], output),
-)
+def _ssd_gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple:
+    x, dt, _, B, *_ = saved = ctx.saved_tensors
+    dy = torch.zeros_like(x, dtype=dt.dtype) if dy is None else dy
+    dh = dt.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if dh is None else dh
+    gradients = _ssd_backward(dy, dh, *saved, ctx.chunk_size, ctx.n_parallel)
+    return *gradients, None, None, None
+
+
+_ssd.register_autograd(_ssd_gradients, setup_context=_ssd_setup)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -607,7 +766,7 @@ def causal_conv(
     else:
         index = lengths[:, None] + torch.arange(k, device=x.device)
         newest = torch.cat([conv_state.mT, x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-    return y.to(x.dtype), newest.detach().mT.to(weight.dtype, copy=True)
+    return y.to(x.dtype), newest.detach().to(weight.dtype).mT.contiguous()
 
 
 def _tiles(x: Tensor) -> list[tuple[slice, int, int]]:
@@ -694,6 +853,19 @@ def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None
     return F.silu(y if bias is None else y + bias).to(x.dtype), conv_state
 
 
+class Linear(nn.Linear):
+    """nn.Linear; the few vectors of a decoding step are multiplied as weight times columns, faster on CPUs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = x.numel() // max(1, x.shape[-1])
+        if not 0 < count <= 16 or torch.is_grad_enabled():
+            return super().forward(x)
+        columns = x.reshape(-1) if count == 1 else x.reshape(count, -1).mT  # (i,) or (i, count)
+        y = (self.weight @ columns).mT if count > 1 else self.weight @ columns
+        y = y.reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class Mamba2Mixer(nn.Module):
     """The Mamba-2 layer, (b, l, d_model) to the same shape: projection, convolution, SSD, gated norm (section 7)."""
 
@@ -703,7 +875,7 @@ class Mamba2Mixer(nn.Module):
         self.layer_idx = layer_idx
         e, h = config.d_inner, config.nheads
         self.sizes = [e, config.conv_dim, h]  # of z, xBC and dt in in_proj
-        self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=config.bias)
+        self.in_proj = Linear(config.d_model, sum(self.sizes), bias=config.bias)
         self.conv1d = nn.Conv1d(
             config.conv_dim, config.conv_dim, config.d_conv, groups=config.conv_dim, bias=config.conv_bias
         )
@@ -711,7 +883,7 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(h))
         self.D = nn.Parameter(torch.empty(h))
         self.norm = GatedRMSNorm(e, config.ngroups, config.norm_epsilon)
-        self.out_proj = nn.Linear(e, config.d_model, bias=config.bias)
+        self.out_proj = Linear(e, config.d_model, bias=config.bias)
         self._init_parameters()
 
     @torch.no_grad()
@@ -903,7 +1075,7 @@ class Mamba2Encoder(Mamba2PreTrained):
         dtype = self.norm_f.weight.dtype
         return x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
 
-    def _states(self, inference_params: Any) -> dict[int, tuple[Tensor, Tensor]]:
+    def _states(self, inference_params: Any) -> States:
         """A copy of the cache's dict, which must hold states for all layers or none."""
         states = dict(inference_params.key_value_memory_dict)
         if states and states.keys() != set(range(len(self.layers))):
@@ -936,17 +1108,23 @@ class Mamba2Encoder(Mamba2PreTrained):
 
     def step(self, x: Tensor, inference_params: Any) -> Tensor:
         """One vector of each sequence, (b, d_model) to the same shape, after those that the states have seen."""
-        states = self._states(inference_params)
-        if not states:
-            states = {i: layer.mixer.new_states(x.shape[0]) for i, layer in enumerate(self.layers)}
+        states = self._states(inference_params) or self.new_states(x.shape[0])
         for i, layer in enumerate(self.layers):
             _check_states(states[i], layer.mixer.state_shapes(x.shape[0]))
+        x, states = self.advance(x, states)
+        _commit(states, inference_params, 1)
+        return x
+
+    def advance(self, x: Tensor, states: States) -> tuple[Tensor, States]:
+        """`step` as a function: one vector of each sequence and the states of all layers to the same, one step on."""
         x, new = self._residual(x), {}
         for i, layer in enumerate(self.layers):
             x, *new[i] = layer.step(x, *states[i])
-        x = self.norm_f(x)
-        _commit({i: tuple(pair) for i, pair in new.items()}, inference_params, 1)
-        return x
+        return self.norm_f(x), {i: tuple(pair) for i, pair in new.items()}
+
+    def new_states(self, batch_size: int) -> States:
+        """The states of all layers at the start of a sequence."""
+        return {i: layer.mixer.new_states(batch_size) for i, layer in enumerate(self.layers)}
 
 
 def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
@@ -971,7 +1149,7 @@ def _roll(x: Tensor, by: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand_as(x))
 
 
-def _commit(new: dict[int, tuple[Tensor, Tensor]], inference_params: Any, n_tokens: int) -> None:
+def _commit(new: States, inference_params: Any, n_tokens: int) -> None:
     """Write the new states of all layers over the old ones, in place."""
     old = inference_params.key_value_memory_dict
     for layer_idx, states in new.items():
@@ -1024,7 +1202,7 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         super().__init__()
         self.config = config
         self.backbone = Mamba2Model(config)
-        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -1075,6 +1253,15 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
             )
         vectors = self.backbone.embed(token_ids[:, None], "token_ids")[:, 0]
         return self._logits(self.backbone.step(vectors, inference_params))
+
+    @torch.no_grad()
+    def advance(self, token_ids: Tensor, states: States) -> tuple[Tensor, States]:
+        """`step` as a function, for torch.compile and torch.export: ids (b,) and states to logits and new states.
+
+        states: `backbone.new_states(b)`, or the `key_value_memory_dict` that a prompt has filled.
+        """
+        x, states = self.backbone.advance(self.backbone.embeddings(token_ids), states)
+        return self._logits(x), states
 
     @torch.no_grad()
     def generate(
@@ -1210,13 +1397,15 @@ def _checkpoint_file(name: str | os.PathLike, filename: str) -> Path | None:
         return path if path.exists() else None
     if "/" not in str(name):
         raise OSError(f"can't load {str(name)!r}: no such directory, and no name of the form owner/model")
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(str(name), filename))
     except EntryNotFoundError as error:
         if not isinstance(error, LocalEntryNotFoundError):
+            return None
+        if try_to_load_from_cache(str(name), filename) is _CACHED_NO_EXIST:  # the hub said so when it was reached
             return None
         reason = "no such directory, the model hub can't be reached, and its cache has no copy"
     except HFValidationError:
@@ -1344,7 +1533,7 @@ def _swap(directory: Path, new: Path, old: Path) -> None:
 # 7. Generation
 # ----------------------------------------------------------------------------------------------------------------------
 
-PROMPT_SEGMENT = 4096  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
+PROMPT_SEGMENT = 512  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
 
 
 def _generate(
@@ -1398,7 +1587,8 @@ def _tokens(
     finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     for _ in range(max_new_tokens):
         if token is not None and use_cache:
-            logits = model.step(token, cache)
+            logits, states = model.advance(token, cache.key_value_memory_dict)
+            cache.key_value_memory_dict = states
         else:
             if token is not None:
                 input_ids = torch.cat([input_ids, token[:, None]], dim=1)
@@ -1492,6 +1682,8 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.prompt = sys.stdin.read()
     if not arguments.prompt:
         parser.error("no prompt: give one as an argument or on standard input")
+    if arguments.model == str(DEFAULT_CHECKPOINT) and not DEFAULT_CHECKPOINT.is_dir():
+        parser.error(f"no checkpoint in {DEFAULT_CHECKPOINT}: give --model, a directory or a name on the model hub")
     devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if arguments.device == "auto":
         arguments.device = next(device for device, available in devices.items() if available)
