@@ -8,8 +8,10 @@ transformers' classes, finite differences, or the same model fed in another way.
 Letters in shapes: b batch, l length, e channels, n state size, h heads, p head width, g groups.
 """
 
+import base64
 import copy
 import functools
+import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -23,14 +25,18 @@ import statistics
 import subprocess
 import sys
 import time
+import tomllib
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
+from nbclient import NotebookClient
 from torch.autograd import gradcheck
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -1978,6 +1984,93 @@ def test_ssd_in_several_segments_is_its_definition():
             assert error(got, exact) < 1e-11
 
 
+@pytest.mark.parametrize("n_parallel", [1, 3, None])
+@pytest.mark.parametrize("sizes", [(3, 65, 6, 4, 3, 8, 64), (2, 130, 4, 8, 2, 5, 16), (1, 7, 2, 3, 1, 4, 4)])
+def test_ssd_with_chunks_side_by_side_is_its_definition(sizes, n_parallel):
+    torch.manual_seed(0)
+    b, l, h, p, g, n, q = sizes
+    x, dt, A = torch.randn(b, l, h, p), torch.rand(b, l, h), -3 * torch.rand(h)
+    arguments = [v.double() for v in (x, dt, A, *torch.randn(2, b, l, g, n), torch.randn(b, h, p, n))]
+    chunked = functools.partial(mamba2.ssd, chunk_size=q, n_parallel=n_parallel)
+    results = [gradients_and_results(f, arguments) for f in (chunked, mamba2.ssd_recurrence)]
+    for got, exact in zip(*results, strict=True):
+        assert error(got, exact) < 1e-13
+
+
+def test_gradients_of_the_final_state_alone_and_of_y_alone(file):
+    torch.manual_seed(0)
+    if file.name == "mamba":
+        fast, slow, shapes = mamba.selective_scan, mamba.selective_scan_recurrence, [(2, 35, 8), (2, 35, 8), (8, 4)]
+        shapes += [(2, 35, 4), (2, 35, 4)]
+    else:
+        fast, slow, shapes = mamba2.ssd, mamba2.ssd_recurrence, [(2, 35, 4, 8), (2, 35, 4), (4,)]
+        shapes += [(2, 35, 1, 4), (2, 35, 1, 4)]
+    values = [torch.rand(shape, dtype=torch.float64) for shape in shapes]
+    values[2] = -values[2]
+    for which in (0, 1):
+        gradients = []
+        for function in (fast, slow):
+            inputs = [value.clone().requires_grad_() for value in values]
+            gradients.append(torch.autograd.grad(function(*inputs)[which].square().sum(), inputs, allow_unused=True))
+        for got, exact in zip(*gradients, strict=True):
+            assert error(got, torch.zeros_like(got) if exact is None else exact) < 1e-12
+
+
+def prefilled(file):
+    """A small model, the ids that come next, and the states that a prompt has left."""
+    torch.manual_seed(0)
+    model = file.LM(file.Config(d_model=32, n_layer=2, vocab_size=VOCAB, **file.tiny)).eval()
+    params = file.module.InferenceParams()
+    with torch.no_grad():
+        model(random_ids(2, 9), params)
+    return model, random_ids(2, 1)[:, 0], params
+
+
+def test_advance_is_step_without_side_effects(file):
+    model, ids, params = prefilled(file)
+    before = params.clone()
+    logits, states = model.advance(ids, params.key_value_memory_dict)
+    for layer, pair in before.key_value_memory_dict.items():
+        assert all(map(torch.equal, pair, params.key_value_memory_dict[layer]))
+    assert torch.equal(logits, model.step(ids, params))
+    for layer, pair in params.key_value_memory_dict.items():
+        assert all(map(torch.equal, pair, states[layer]))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_step_gives_the_same_logits_without_compiling_again(file, backend):
+    if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    torch._dynamo.reset()
+    model, ids, params = prefilled(file)
+    states = params.clone().key_value_memory_dict
+    advance = torch.compile(model.advance, backend=backend, fullgraph=True)
+    logits, states = advance(ids, states)
+    assert error(logits, model.step(ids, params)) < 1e-6
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for _ in range(20):
+            ids = logits.argmax(-1)
+            logits, states = advance(ids, states)
+            assert error(logits, model.step(ids, params)) < 1e-5
+
+
+def test_a_step_can_be_exported(file):
+    class Step(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, token_ids, states):
+            return self.model.advance(token_ids, states)
+
+    model, ids, params = prefilled(file)
+    program = torch.export.export(Step(model), (ids, params.key_value_memory_dict))
+    got, expected = (f(ids, params.key_value_memory_dict) for f in (program.module(), model.advance))
+    assert error(got[0], expected[0]) < 1e-6
+    for layer, pair in expected[1].items():
+        assert all(error(state, exact) < 1e-6 for state, exact in zip(got[1][layer], pair, strict=True))
+
+
 def test_the_convolution_is_the_same_text_in_both_files():
     texts = (Path(module.__file__).read_text() for module in (mamba, mamba2))
     one, two = (text[text.index("def causal_conv(") : text.index("Mixer(nn.Module)")] for text in texts)
@@ -2587,3 +2680,567 @@ def test_a_step_costs_the_same_at_position_10_and_100000(file, two_threads):
                 model(piece, params[position], num_last_tokens=1)
         t = seconds(200, early=lambda: model.step(token, params[10]), late=lambda: model.step(token, params[100_000]))
     assert t["late"] <= 1.1 * t["early"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The benchmark
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks" / "bench.py")
+    sys.modules["bench"] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(sys.modules["bench"])
+    return sys.modules["bench"]
+
+
+def a_bench(bench, runs=2):
+    options = SimpleNamespace(runs=runs)
+    return bench.Bench(torch.device("cpu"), [], options, bench.tqdm(disable=True))
+
+
+def test_the_benchmark_writes_a_page_of_tables(tmp_path):
+    page = tmp_path / "RESULTS.md"
+    options = ["--quick", "--only", "forward", "--lengths", 16, "--threads", 1, "--output", page]
+    done = run("benchmarks/bench.py", *options)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert "| Mamba-1, l | limit | ours | transformers |" in text
+    assert "| Mamba-2, l | limit | ours | transformers |" in text
+    assert all(part in done.stdout for part in text.split("\n\n"))
+    assert "transformers fails" not in text
+    assert os.listdir(tmp_path) == ["RESULTS.md"]
+
+
+def test_the_benchmark_compares_layers_of_the_same_function(bench, file):
+    peer = next(peer for peer in bench.find_peers({})[0] if (peer.name, peer.family) == ("transformers", file.name))
+    x = torch.randn(1, 64, 768)
+    with torch.no_grad():
+        ours = bench.our_layer(bench.FAMILIES[file.name], x.device)(x)
+        theirs = bench.output(bench.their_layer(peer, x.device), x)
+    assert error(theirs, ours) < 1e-5
+
+
+WRONG_BENCHMARK_OPTIONS = {
+    "--only": ["--only", "backward"],
+    "--lengths": ["--lengths", "512", "0"],
+    "--threads": ["--threads", "0"],
+    "--peer": ["--peer", "mambapy=."],
+    "model.py": ["--peer", "mamba-minimal=benchmarks"],
+    "--output": ["--output", "no/such/directory/RESULTS.md"],
+    "--unknown": ["--unknown"],
+}
+
+
+@pytest.mark.parametrize("name, options", WRONG_BENCHMARK_OPTIONS.items(), ids=WRONG_BENCHMARK_OPTIONS)
+def test_a_wrong_option_of_the_benchmark_is_named_in_one_line(bench, name, options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        bench.main(options)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and name in message
+
+
+def test_an_interrupted_benchmark_leaves_the_old_page(bench, tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    page = tmp_path / "RESULTS.md"
+    page.write_text("old")
+    monkeypatch.setattr(bench, "layers", interrupt)
+    assert bench.main(["--only", "forward", "--threads", "1", "--output", str(page)]) == 130
+    assert page.read_text() == "old" and os.listdir(tmp_path) == ["RESULTS.md"]
+
+
+def test_works_take_turns_and_the_first_turn_does_not_count(bench, monkeypatch):
+    calls, times = [], iter([9.0, 8.0, 1.0, 4.0, 3.0, 6.0])
+    monkeypatch.setattr(bench.Bench, "seconds", lambda self, work: work() or next(times))
+    works = {"ours": lambda: calls.append("ours"), "theirs": lambda: calls.append("theirs")}
+    results = a_bench(bench).measure(works)
+    assert calls == ["ours", "theirs"] * 3
+    assert (results["ours"].seconds, results["theirs"].seconds) == (2.0, 5.0)
+
+
+def test_a_slow_work_runs_once_and_its_first_run_counts(bench, monkeypatch):
+    monkeypatch.setattr(bench.Bench, "seconds", lambda self, work: work())
+    results = a_bench(bench).measure({"ours": lambda: 1.0, "theirs": lambda: bench.SLOW + 1})
+    assert (results["theirs"].seconds, results["theirs"].runs) == (bench.SLOW + 1, 1)
+    assert bench.cell(results["theirs"], 2) == "11,000 (x1)"
+
+
+def test_a_peer_that_fails_is_named_and_the_rest_is_measured(bench):
+    def fail():
+        raise RuntimeError("no kernel\nmore")
+
+    this = a_bench(bench)
+    results = this.measure({"ours": lambda: None, "theirs": fail})
+    assert results["ours"].runs == 2 and results["theirs"].words == "fails"
+    assert this.notes == ["theirs fails: no kernel"]
+    with pytest.raises(RuntimeError, match="no kernel"):
+        this.measure({"ours": fail})
+
+
+def test_the_time_of_a_slow_peer_is_foreseen_from_shorter_lengths(bench):
+    this = a_bench(bench)
+    this.pace["theirs"] = [(128, 1.0)]
+    assert this.expected("theirs", 512) == pytest.approx(4)  # linear until there is more to go by
+    this.pace["theirs"].append((512, 16.0))
+    assert this.expected("theirs", 2048) == pytest.approx(256)  # quadratic, as it was
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Notebook
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def read_notebook():
+    """demo.ipynb and its code cells."""
+    notebook = nbformat.read(ROOT / "demo.ipynb", as_version=4)
+    return notebook, [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def texts_of(cell):
+    return [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
+
+
+def test_the_notebook_runs_without_network(tmp_path, monkeypatch):
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "MAMBA2_CHECKPOINT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing answers there
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))  # and nothing was downloaded before
+    mine = shutil.copytree(embedded(FILES["mamba"]), tmp_path / "mine")
+    monkeypatch.setenv("MAMBA_CHECKPOINT", str(mine))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process: see above
+    notebook, cells = read_notebook()
+    start = time.monotonic()
+    NotebookClient(notebook, timeout=150, resources={"metadata": {"path": ROOT}}).execute()  # a failing cell raises
+    assert time.monotonic() - start <= 150
+
+    (loading,) = (cell for cell in cells if "def load(" in cell.source)
+    ours, theirs, _ = "".join(texts_of(loading)).split("\n", 2)
+    assert ours.startswith(f"{mine}: ") and theirs.endswith("we use the embedded pretrained/shakespeare-mamba2")
+    times = loading.metadata.execution
+    begin, end = (datetime.fromisoformat(times[key]) for key in ("iopub.execute_input", "shell.execute_reply"))
+    assert (end - begin).total_seconds() <= 10
+
+
+def test_the_outputs_in_the_notebook_are_those_of_one_clean_run():
+    notebook, cells = read_notebook()
+    nbformat.validate(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert {output.name for output in outputs if output.output_type == "stream"} == {"stdout"}
+    text = "\n".join(text for cell in cells for text in texts_of(cell))
+    found = re.findall(r"/home|/tmp|/root|/work|/Users|\b[A-Z]:\\|Warning|Traceback|\r", text)
+    assert not found
+
+
+def test_the_picture_in_the_readme_is_one_of_the_notebook():
+    pictures = [output.get("data", {}).get("image/png") for cell in read_notebook()[1] for output in cell.outputs]
+    picture = (ROOT / "docs" / "selectivity.png").read_bytes()
+    assert picture in [base64.b64decode(png) for png in pictures if png]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quick start, examples, installation, and what MiniMamba claims
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def run_example(name, *arguments, cwd=ROOT):
+    done = run(ROOT / "examples" / f"{name}.py", *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@functools.cache
+def example(name):
+    """A script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def refusal(name, options, monkeypatch, capsys):
+    """The one line with which a script of examples/ ends; in this process, because starting one takes seconds."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+    with pytest.raises(SystemExit) as stopped:
+        example(name).main()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and line.startswith(f"{name}.py: error: ")
+    return line
+
+
+def test_the_quick_start_reports_both_files(tmp_path):
+    sizes = ["--d-model", 64, "--n-layer", 2, "--vocab-size", 100, "--seq-len", 16, "--new-tokens", 4]
+    report = run_example("quickstart", "--device", "cpu", *sizes, cwd=tmp_path).stdout
+    assert report.startswith("device: cpu")
+    for name, file in FILES.items():
+        config = file.Config(d_model=64, n_layer=2, vocab_size=100)
+        parameters = sum(parameter.numel() for parameter in file.LM(config).parameters())
+        part = report.split(f"{name}.py, random weights")[1].split(f"{name}.py, pretrained")[0]
+        assert f"{parameters:,}" in part and "(2, 16) ids" in part
+        assert f"(2, 16, {config.padded_vocab_size}) logits" in part
+        assert len(re.findall(r"[1-9][\d,]* tokens/s", part)) == 2 and re.search(r"forward pass +\d+\.\d ms", part)
+    assert report.count("pretrained/shakespeare") == 2
+
+
+SHORT_SERIES = ["--season", 12, "--horizon", 12, "--context", 24, "--d-model", 32, "--n-layer", 1, "--steps", 3]
+
+
+def seasonal_csv(path, length=400):
+    """A trend and a season of 12 with noise, and a gap."""
+    noise = torch.randn(length, generator=generator()).tolist()
+    values = [0.05 * t + 3 * math.sin(2 * math.pi * t / 12) + 0.1 * noise[t] for t in range(length)]
+    rows = [f"{t},{'' if t == 50 else values[t]}" for t in range(length)]
+    path.write_text("month,level\n" + "\n".join(rows) + "\n")
+    return values
+
+
+def error_table(text):
+    """Lines of the printed table: name -> numbers."""
+    rows = (re.fullmatch(r"([^:]+?)((?: +\d+\.\d+)+)", line) for line in text.splitlines())
+    return {row[1]: [float(number) for number in row[2].split()] for row in rows if row}
+
+
+@pytest.mark.parametrize("model", FILES)
+def test_forecasts_of_a_csv_are_compared_with_the_naive_ones(model, tmp_path):
+    values = seasonal_csv(tmp_path / "level.csv")
+    options = ["--csv", "level.csv", "--column", "level", *SHORT_SERIES, "--model", model, "--no-plot"]
+    table = error_table(run_example("time_series", *options, cwd=tmp_path).stdout)
+    assert list(table) == ["last value", "last season", "last season + change", model]
+    ends = range(340 - 1, 400 - 12)  # the last known step of each forecast of the last 15%
+    last = [statistics.mean(abs(values[t + h] - values[t]) for t in ends) for h in range(1, 13)]
+    season = [statistics.mean(abs(values[t + h] - values[t + h - 12]) for t in ends) for h in range(1, 13)]
+    for name, exact in (("last value", last), ("last season", season)):
+        assert table[name][0] == pytest.approx(exact[0], abs=1e-3)
+        assert table[name][-1] == pytest.approx(statistics.mean(exact), abs=1e-3)
+    assert os.listdir(tmp_path) == ["level.csv"]
+
+
+def test_the_forecaster_reads_nothing_that_comes_later():
+    script = example("time_series")
+    args = SimpleNamespace(season=12, context=24, horizon=6, model="mamba", d_model=32, n_layer=1)
+    torch.manual_seed(0)
+    model, series = script.Forecaster(args).eval(), torch.randn(200)
+    torch.nn.init.normal_(model.head.weight)
+    ends, later = torch.tensor([60, 100]), series.clone()
+    later[101:] += 100
+    assert torch.equal(*(script.forecast(model, s, ends, args) for s in (series, later)))
+    naive, naive_later = (script.naive_forecasts(s, ends, args) for s in (series, later))
+    assert all(torch.equal(naive[name], naive_later[name]) for name in naive)
+    assert script.ends_for(100, 120, 6).tolist() == list(range(99, 114))  # values 100 to 119 are to be forecast
+    windows, targets = script.windows_at(series, ends, args)
+    assert torch.equal(windows[:, -1], series[ends]) and torch.equal(targets[1, -1], series[101:107])
+    gaps = torch.tensor([math.nan, 1.0, math.nan, math.nan, 2.0])
+    assert script.fill_gaps(gaps).tolist() == [1.0, 1.0, 1.0, 2.0]
+
+
+def test_forecasts_of_the_packaged_series_are_drawn(tmp_path):
+    for package in ("statsmodels", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    options = ["--d-model", 32, "--n-layer", 1, "--steps", 1, "--plot", tmp_path / "pictures" / "co2.png"]
+    done = run_example("time_series", *options)
+    assert "2284 values" in done.stdout and len(error_table(done.stdout)) == 4
+    assert (tmp_path / "pictures" / "co2.png").read_bytes().startswith(b"\x89PNG")
+    assert os.listdir(tmp_path / "pictures") == ["co2.png"]
+
+
+@pytest.mark.parametrize("model", FILES)
+def test_digits_are_classified_and_compared_with_logistic_regression(model):
+    if importlib.util.find_spec("sklearn") is None:
+        pytest.skip("scikit-learn is not installed")
+    report = run_example("classify", "--model", model, "--d-model", 32, "--n-layer", 1, "--epochs", 1).stdout
+    scores = {line.split("  ")[0]: re.findall(r"([\d.]+)%", line) for line in report.splitlines() if "%" in line}
+    name = "MambaForSequenceClassification" if model == "mamba" else "Mamba2ForSequenceClassification"
+    assert list(scores) == ["logistic regression", "logistic regression, moved copies too", name]
+    assert all(len(pair) == 2 and 0 < float(pair[1]) <= 100 for pair in scores.values())
+
+
+BAD_EXAMPLES = {
+    "no rows": ("quickstart", ["--batch-size", 0]),
+    "no such device": ("quickstart", ["--device", "abacus"]),
+    "a width that no head divides": ("quickstart", ["--model", "mamba2", "--d-model", 33]),
+    "no such file": ("time_series", ["--csv", "none.csv", "--column", "a", "--season", 12]),
+    "no such column": ("time_series", ["--csv", "level.csv", "--column", "depth", "--season", 12]),
+    "no column": ("time_series", ["--csv", "level.csv"]),
+    "words for numbers": ("time_series", ["--csv", "words.csv", "--column", "level", "--season", 1]),
+    "too short a series": ("time_series", ["--csv", "level.csv", "--column", "level", "--season", 200]),
+    "a picture of no known kind": ("time_series", ["--plot", "plot.doc"]),
+    "no epochs": ("classify", ["--epochs", 0]),
+    "another model": ("classify", ["--model", "transformer"]),
+}
+
+
+@pytest.mark.parametrize("name, options", BAD_EXAMPLES.values(), ids=BAD_EXAMPLES)
+def test_an_example_ends_with_status_2_and_one_line(name, options, tmp_path, monkeypatch, capsys):
+    seasonal_csv(tmp_path / "level.csv")
+    (tmp_path / "words.csv").write_text("level\nhigh\n")
+    monkeypatch.chdir(tmp_path)
+    refusal(name, [*options, "--no-plot"] if "--csv" in options else options, monkeypatch, capsys)
+    assert sorted(os.listdir()) == ["level.csv", "words.csv"]
+
+
+@pytest.mark.parametrize(
+    "name, package, options",
+    [("time_series", "statsmodels", ["--no-plot"]), ("time_series", "matplotlib", []), ("classify", "sklearn", [])],
+)
+def test_an_example_names_the_package_that_is_missing(name, package, options, monkeypatch, capsys):
+    for module in [package, *(m for m in sys.modules if m.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    line = refusal(name, options, monkeypatch, capsys)
+    assert package in line and ".[examples]" in line
+
+
+def test_the_extra_of_the_examples_names_what_they_import():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = [*project["dependencies"], *project["optional-dependencies"]["examples"]]
+    named = {re.match(r"[\w-]+", requirement)[0].replace("scikit-learn", "sklearn") for requirement in required}
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.py")]
+    imported = set(re.findall(r"(?m)^ *(?:import|from) (\w+)", "\n".join(sources)))
+    imported -= {"mamba", "mamba2", "tokenizers", "safetensors", *sys.stdlib_module_names}  # transformers brings two
+    assert imported <= named
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_an_installation_imports_from_anywhere(editable, tmp_path):
+    found = {d.name: d.version for d in importlib.metadata.distributions() if d.name in ("pip", "setuptools")}
+    if len(found) < 2 or int(found["setuptools"].split(".")[0]) < 77:
+        pytest.skip(f"pip and setuptools 77 or newer (torch brings it) are needed, found {found}")
+    source, site, elsewhere = (tmp_path / name for name in ("source", "site", "elsewhere"))
+    source.mkdir(), elsewhere.mkdir()
+    for name in ("mamba.py", "mamba2.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps"]
+    done = run(*command, "--no-build-isolation", "--target", site, *(["-e"] if editable else []), source)
+    assert done.returncode == 0, done.stderr
+    code = f"import site; site.addsitedir({str(site)!r}); import mamba, mamba2; print(mamba.__file__, mamba2.__file__)"
+    done = run("-c", code, cwd=elsewhere)
+    assert done.stdout.split() == [str((source if editable else site) / f"{name}.py") for name in FILES], done.stderr
+    if not editable:  # the checkpoints stay in the repository
+        done = run("-m", "mamba", "ROMEO:", cwd=elsewhere, PYTHONPATH=site)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert "give --model" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_training_step_is_10_times_faster_than_in_minimamba(two_threads):
+    peer = pytest.importorskip("minimamba", reason="minimamba is not installed")
+    torch.manual_seed(0)
+    x = torch.randn(1, 512, 512)
+    layers = {"ours": mamba.S6(mamba.MambaConfig(d_model=512)), "theirs": peer.S6(peer.BaseMambaConfig(d_model=512))}
+
+    def training_step(layer):
+        optimizer = torch.optim.AdamW(layer.parameters())
+
+        def work():
+            layer(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return work
+
+    t = seconds(5, **{name: training_step(layer) for name, layer in layers.items()})
+    print(f"a training step of one layer: minimamba {peer.__version__} takes {t['theirs'] / t['ours']:.1f} times ours")
+    assert t["theirs"] >= 10 * t["ours"]
+
+
+# From 4096 tokens to the next: by a state that read them in pieces, by `generate`, by a forward pass over all of them.
+PEAK_OF_GENERATION = (
+    MEMORY
+    + """
+import importlib, sys, torch
+module, names, way = importlib.import_module(sys.argv[1]), sys.argv[2].split(","), sys.argv[3]
+config, model = (getattr(module, name) for name in names)
+torch.manual_seed(0)
+model = model(config(d_model=512, n_layer=6, vocab_size=10000)).eval()
+ids = torch.randint(10000, (1, 4096))
+model.generate(ids[:, :8], max_new_tokens=2)
+before = restart_peak()
+with torch.no_grad():
+    if way == "cached":
+        state = module.InferenceParams()
+        for piece in ids.split(256, dim=1):
+            logits = model(piece, state, num_last_tokens=1)[:, -1]
+        for _ in range(64):
+            logits = model.step(logits.argmax(-1), state)
+    elif way == "generate":
+        model.generate(ids, max_new_tokens=64, temperature=0)
+    else:
+        model(ids, num_last_tokens=1)
+print(megabytes("VmHWM") - before)
+"""
+)
+
+
+@on_linux
+@pytest.mark.slow
+def test_cached_generation_takes_half_the_memory_of_an_uncached_forward_as_minimamba_claims(file):
+    names = f"{file.Config.__name__},{file.LM.__name__}"
+    ways = ("cached", "generate", "uncached forward")
+    peak = {way: float(run("-c", PEAK_OF_GENERATION, file.name, names, way).stdout) for way in ways}
+    print(f"peak extra memory, 4096 tokens of context: { {way: f'{mb:.0f} MB' for way, mb in peak.items()} }")
+    assert 2 * max(peak["cached"], peak["generate"]) <= peak["uncached forward"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mamba's synthetic tasks: examples/induction_heads.py and examples/selective_copying.py
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def task_script(name):
+    specification = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+INDUCTION_MODELS = [path.name for path in sorted((ROOT / "pretrained").glob("induction-heads-*"))]
+
+
+@pytest.mark.parametrize("piece", [4, 7, 64])
+@pytest.mark.parametrize("length", [3, 4, 20])
+def test_an_induction_sequence_holds_the_special_symbol_twice_and_its_answer(length, piece):
+    task, generator = task_script("induction_heads"), torch.Generator().manual_seed(0)
+    pieces, answers = zip(*task.sequences(200, length, piece, generator), strict=True)
+    assert all(ids.shape[1] <= piece for ids in pieces)
+    ids = torch.cat(pieces, dim=1)
+    assert ids.shape == (200, length)
+    places = (ids == task.SPECIAL).nonzero()[:, 1].view(200, 2)
+    assert (places[:, 1] == length - 1).all()
+    assert set(places[:, 0].tolist()) == set(range(length - 2))
+    assert all(torch.equal(again, answers[0]) for again in answers)
+    assert torch.equal(ids.gather(1, places[:, :1] + 1)[:, 0], answers[0])
+    assert set(ids.flatten().tolist()) == set(range(16)) and set(answers[0].tolist()) == set(range(15))
+
+
+def test_a_selective_copying_sequence_holds_its_answers_in_order_between_noise():
+    task, generator = task_script("selective_copying"), torch.Generator().manual_seed(0)
+    ids, answers = task.sequences(300, 40, generator)
+    assert ids.shape == (300, 56) and answers.shape == (300, 16)
+    assert (ids[:, 40:] == task.MARKER).all()
+    for row, expected in zip(ids[:, :40], answers, strict=True):
+        assert torch.equal(row[row != task.NOISE], expected)
+    assert set(answers.flatten().tolist()) == set(range(15))
+    assert (ids[:, :40] != task.NOISE).any(0).all()  # any place may hold a token
+    ids, answers = task.sequences(2, 16, generator)
+    assert torch.equal(ids[:, :16], answers)
+
+
+def test_the_layer_without_selection_is_the_scan_with_constant_dt_b_and_c():
+    task = task_script("selective_copying")
+    torch.manual_seed(0)
+    model = task.build("invariant")
+    mixer, x = model.backbone.layers[0].mixer, torch.randn(2, 50, 64)
+    with torch.no_grad():
+        u, z = mixer.in_proj(x).chunk(2, dim=-1)
+        conv = F.conv1d(F.pad(u.mT, (3, 0)), mixer.conv1d.weight, mixer.conv1d.bias, groups=128).mT
+        u = F.silu(conv).double()
+        A, C, dt = -mixer.A_log.double().exp(), mixer.C.double(), F.softplus(mixer.dt_bias.double())
+        h, ys = torch.zeros(2, 128, 16, dtype=torch.float64), []
+        for u_t in u.unbind(1):
+            h = torch.exp(dt[:, None] * A) * h + (dt * u_t)[..., None]
+            ys.append((h * C).sum(-1) + u_t * mixer.D)
+        expected = mixer.out_proj((torch.stack(ys, 1) * F.silu(z)).float())
+        torch.testing.assert_close(mixer(x), expected, rtol=1e-4, atol=1e-5)
+    counts = [sum(p.numel() for p in task.build(layer).parameters()) for layer in task.LAYERS]
+    assert abs(counts[0] - counts[1]) < 0.1 * counts[0]
+
+
+@pytest.mark.parametrize("name", INDUCTION_MODELS)
+def test_the_embedded_induction_heads_are_right_up_to_length_4096(name):
+    task = task_script("induction_heads")
+    model = task.load(ROOT / "pretrained" / name)
+    assert sum(path.stat().st_size for path in (ROOT / "pretrained" / name).iterdir()) < 1_000_000
+    for power in range(6, 13):
+        right, _ = task.test(model, 2**power, 256 if power <= 8 else 64, seed=1)
+        assert right == 1, f"length 2^{power}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INDUCTION_MODELS)
+def test_the_embedded_induction_heads_are_right_up_to_a_million_tokens(name):
+    task = task_script("induction_heads")
+    model = task.load(ROOT / "pretrained" / name)
+    for power in range(6, 21):
+        right, _ = task.test(model, 2**power, 256 if power <= 16 else 32, seed=2)
+        print(f"length 2^{power}: {right:.2%}")
+        assert right >= (1 if power <= 16 else 0.99), f"length 2^{power}"
+
+
+def interrupt_after_saving_once(monkeypatch, task, *arguments):
+    """Run a script's main in this process until it has saved its state."""
+    save_state = task.save_state
+
+    def save_and_stop(*state):
+        save_state(*state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(task, "save_state", save_and_stop)
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    with pytest.raises(KeyboardInterrupt):
+        task.main()
+
+
+@pytest.mark.parametrize("model", ["mamba", "mamba2"])
+def test_induction_heads_trains_and_resumes_to_the_same_weights(model, tmp_path, monkeypatch):
+    options = ["--model", model, "--steps", 4, "--eval-every", 2, "--max-length", 64]
+    done = run("examples/induction_heads.py", "--out", tmp_path / "whole", *options)
+    assert done.returncode == 0, done.stderr
+    assert "step 4" in done.stdout and re.search(r"\b64 +256 +\d", done.stdout)
+    cut = ["--out", tmp_path / "cut", *options]
+    interrupt_after_saving_once(monkeypatch, task_script("induction_heads"), *cut)
+    assert not (tmp_path / "cut" / "config.json").exists()
+    done = run("examples/induction_heads.py", "--out", tmp_path / "cut", "--resume", "--max-length", 64)
+    assert done.returncode == 0, done.stderr
+    whole, cut = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[key], cut[key]) for key in whole)
+    assert not list(tmp_path.rglob("training_state*"))
+    plotted = tmp_path / "plots" / "both.png"
+    options = ["--evaluate", tmp_path / "whole", tmp_path / "cut", "--max-length", 64, "--plot", plotted]
+    done = run("examples/induction_heads.py", *options)
+    assert done.returncode == 0, done.stderr
+    assert plotted.exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def test_selective_copying_trains_and_resumes_to_the_same_curve(tmp_path, monkeypatch):
+    options = ["--length", 20, "--steps", 4, "--eval-every", 2, "--batch-size", 2, "--lr", 0.001]
+    done = run("examples/selective_copying.py", "--out", tmp_path / "whole", *options)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"(?m)^invariant +0.001 +4 ", done.stdout)
+    cut = [*options, "--out", tmp_path / "cut"]
+    interrupt_after_saving_once(monkeypatch, task_script("selective_copying"), *cut)
+    assert run("examples/selective_copying.py", *cut).returncode == 2  # an unfinished run is not overwritten
+    done = run("examples/selective_copying.py", *cut, "--resume")
+    assert done.returncode == 0, done.stderr
+    for name in ("selective-0.001.json", "invariant-0.001.json"):
+        whole, resumed = (json.loads((tmp_path / directory / name).read_text()) for directory in ("whole", "cut"))
+        assert len(whole["curve"]) == 2 and whole["curve"] == resumed["curve"]
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+BAD_TASKS = {
+    "nowhere to store": ["induction_heads", []],
+    "no steps": ["induction_heads", ["--out", "{}", "--steps", "0"]],
+    "short test": ["induction_heads", ["--out", "{}", "--max-length", "63"]],
+    "nothing to resume": ["induction_heads", ["--out", "{}", "--resume"]],
+    "no checkpoint": ["induction_heads", ["--evaluate", "{}"]],
+    "another task's checkpoint": ["induction_heads", ["--evaluate", "pretrained/shakespeare-mamba"]],
+    "unknown model": ["induction_heads", ["--out", "{}", "--model", "mamba3"]],
+    "copying nowhere": ["selective_copying", []],
+    "copying in no steps": ["selective_copying", ["--out", "{}", "--steps", "0"]],
+    "copying too short": ["selective_copying", ["--out", "{}", "--length", "15"]],
+    "copying on no device": ["selective_copying", ["--out", "{}", "--device", "abacus"]],
+}
+
+
+@pytest.mark.parametrize(("script", "options"), BAD_TASKS.values(), ids=BAD_TASKS)
+def test_a_wrong_task_option_is_one_line_and_status_2(script, options, tmp_path):
+    done = run(f"examples/{script}.py", *(option.format(tmp_path) for option in options))
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(f"{script}.py: error: ")
