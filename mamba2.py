@@ -682,9 +682,7 @@ def _ssd_backward(
                 carried = _bmm(C_k, before, space("carried", dcarried.shape))
                 dy_carried = torch.mul(dy_k, _ungrouped(carried, p), out=product)
                 dfrom_start = dy_carried.sum(-1).mT * from_start  # (k, r, h, q)
-                ddecay = torch.mul(after, before, out=space("product of states", before.shape)).sum(
-                    -2
-                )  # (k, r, g, e/g)
+                ddecay = torch.mul(after, before, out=space("product of states", before.shape)).sum(-2)
                 dfrom_start[..., -1] += ddecay.unflatten(-1, (-1, p)).sum(-1).flatten(2) * from_start[..., -1]
 
                 # 2. What a chunk's inputs leave at its end.

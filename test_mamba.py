@@ -1997,6 +1997,27 @@ def test_ssd_with_chunks_side_by_side_is_its_definition(sizes, n_parallel):
         assert error(got, exact) < 1e-13
 
 
+def test_the_number_of_operations_side_by_side_grows_slower_than_the_length(file):
+    """Each is a kernel launch on a GPU, where the side by side form is the default."""
+
+    def count(l):
+        if file.name == "mamba":
+            u, dt, B, C = torch.rand(1, l, 4), torch.rand(1, l, 4), torch.rand(1, l, 4), torch.rand(1, l, 4)
+            arguments, settings = (
+                (u, dt, -torch.rand(4, 4), B, C),
+                dict(block_len=math.isqrt(l), n_parallel=math.isqrt(l)),
+            )
+        else:
+            x, dt, B, C = torch.rand(1, l, 2, 4), torch.rand(1, l, 2), torch.rand(1, l, 1, 4), torch.rand(1, l, 1, 4)
+            arguments, settings = (x, dt, -torch.rand(2), B, C), dict(chunk_size=16, n_parallel=l // 16)
+        function = mamba.selective_scan if file.name == "mamba" else mamba2.ssd
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            function(*arguments, **settings)
+        return sum(event.name.startswith("aten::") for event in profile.events())
+
+    assert count(64 * 256) <= {"mamba": 9, "mamba2": 2}[file.name] * count(256)
+
+
 def test_gradients_of_the_final_state_alone_and_of_y_alone(file):
     torch.manual_seed(0)
     if file.name == "mamba":
@@ -3004,6 +3025,15 @@ def test_the_extra_of_the_examples_names_what_they_import():
     imported = set(re.findall(r"(?m)^ *(?:import|from) (\w+)", "\n".join(sources)))
     imported -= {"mamba", "mamba2", "tokenizers", "safetensors", *sys.stdlib_module_names}  # transformers brings two
     assert imported <= named
+
+
+def test_the_snippets_in_the_readme_run_one_after_the_other(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    (tmp_path / "snippets.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    done = run("snippets.py", cwd=tmp_path, PYTHONPATH=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ROMEO:") and (tmp_path / "runs" / "new" / "config.json").exists()
 
 
 @pytest.mark.parametrize("editable", [False, True])
