@@ -371,7 +371,14 @@ def _full_precision(function: Callable) -> Callable:
 
 
 def ssd_recurrence(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition: the linear, recurrent form, one step after the other.
 
@@ -385,11 +392,19 @@ def ssd_recurrence(
         decay = torch.exp(dt_t * A)[..., None, None]  # (b, h, 1, 1)
         state = decay * state + (dt_t[..., None] * x_t)[..., None] * B_t[:, :, None]  # (b, h, p, n)
         ys.append((state @ C_t[..., None]).squeeze(-1))  # (b, h, p)
-    return torch.stack(ys, 1) if ys else torch.zeros_like(x), state
+    y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
+    return y if D is None else y + D[:, None] * x, state
 
 
 def ssd_quadratic(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The dual, quadratic form: attention whose mask L holds the decays instead of ones, y = (L * C B^T) (dt x).
 
@@ -408,7 +423,8 @@ def ssd_quadratic(
         from_start = a.cumsum(-1).exp()[..., None]  # (b, h, l, 1)
         y = y + from_start * (C @ initial_state.mT)
         state = state + from_start[..., -1:, :] * initial_state
-    return rearrange(y, "b h l p -> b l h p"), state
+    y = rearrange(y, "b h l p -> b l h p")
+    return y if D is None else y + D[:, None] * x, state
 
 
 def decay_matrix(a: Tensor) -> Tensor:
@@ -430,16 +446,19 @@ def ssd(
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
     n_parallel: int | None = None,
+    *,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The chunked form (the block decomposition of section 6, Listing 1): matrix products alone, linear in l.
 
     Within a chunk of q steps the quadratic form, across chunks the recurrence. Per head
 
-        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t
 
     x: (b, l, h, p); dt: (b, l, h), not negative, its type is that of the computation; A: (h,), negative; B, C:
-    (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n), zero when None. Returns y (b, l, h, p) and
-    the final state (b, h, p, n). Differentiable once, in every argument. Raises ValueError for shapes that don't fit.
+    (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n) and D: (h,), zero when None. Returns y
+    (b, l, h, p) and the final state (b, h, p, n). Differentiable once, in every argument. Raises ValueError for shapes
+    that don't fit.
 
     `n_parallel` chunks are worked on side by side: one where a chunk fills a CPU's cache, more where chunks are small,
     and on a GPU as many as its memory allows, so that the number of kernels hardly grows with the length. It and
@@ -447,8 +466,9 @@ def ssd(
     rest again.
     """
     (b, l, h, p), (g, n), dtype = x.shape, B.shape[2:], dt.dtype
-    expected = {"dt": (b, l, h), "A": (h,), "B": (b, l, g, n), "C": (b, l, g, n), "initial_state": (b, h, p, n)}
-    for name, value in zip(expected, (dt, A, B, C, initial_state), strict=True):
+    expected = {"dt": (b, l, h), "A": (h,), "B": (b, l, g, n), "C": (b, l, g, n)}
+    expected |= {"initial_state": (b, h, p, n), "D": (h,)}
+    for name, value in zip(expected, (dt, A, B, C, initial_state, D), strict=True):
         if value is not None and value.shape != expected[name]:
             raise ValueError(f"{name} must have shape {expected[name]}, got {tuple(value.shape)}")
     if h % g or chunk_size < 1:
@@ -457,8 +477,9 @@ def ssd(
     if n_parallel is not None and n_parallel < 1:
         raise ValueError(f"n_parallel must be None or a positive integer, got {n_parallel}")
     state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dtype)
-    keep = torch.is_grad_enabled() and any(v.requires_grad for v in (x, dt, A, B, C, state))
-    y, state, _ = _ssd(x, dt, A, B, C, state, chunk_size, n_parallel or 0, keep)
+    D = torch.zeros_like(A) if D is None else D
+    keep = torch.is_grad_enabled() and any(v.requires_grad for v in (x, dt, A, B, C, D, state))
+    y, state, _ = _ssd(x, dt, A, B, C, D, state, chunk_size, n_parallel or 0, keep)
     return y, state
 
 
@@ -593,7 +614,16 @@ def _pass_on(states: Tensor, decay: Tensor, entering: Tensor) -> tuple[Tensor, T
 @torch.library.custom_op(f"{_NAMESPACE}::ssd", mutates_args=())
 @_full_precision
 def _ssd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, chunk_size: int, n_parallel: int, keep: bool
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    h0: Tensor,
+    chunk_size: int,
+    n_parallel: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (b, l, h, p), the final state (b, h, p, n) and, if `keep`, the states before each chunk (c, b, g, n, e/g)."""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
@@ -610,6 +640,7 @@ def _ssd(
             y_i = _chunks(y, rows, steps, q_i)  # (c, r, q, h, p)
             L, G, from_start, to_end = _masks(dt_i, A.to(dt.dtype), B_i, C_i, space)
             scores = _per_head(L, G, space("scores", L.shape)).mul_(dt_i[..., None, :])  # (c, r, h, q, q)
+            scores.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
             decay = _decay(from_start, g, p)
             from_start, to_end = _by_step(from_start), _by_step(to_end)
             for i in range(0, len(x_i), k):
@@ -642,16 +673,17 @@ def _ssd_backward(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor,
     borders: Tensor,
     chunk_size: int,
     n_parallel: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, dt, A, B, C and of the initial state (b, h, p, n), from those of y and of the final state."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, dt, A, B, C, D and the initial state (b, h, p, n), from those of y and the final state."""
     (b, l, _, p), g = x.shape, B.shape[2]
     q = max(1, min(chunk_size, l))
     most_rows, most, k = _tiling(x.shape, q, x.device, n_parallel)
-    dx, ddt, dA, dB, dC, dh0 = (torch.empty_like(v) for v in (x, dt, A.to(dt.dtype), B, C, dh))
-    dA.zero_()
+    dx, ddt, dB, dC, dh0 = (torch.empty_like(v) for v in (x, dt, B, C, dh))
+    dA, dD = torch.zeros_like(A, dtype=dt.dtype), torch.zeros_like(D, dtype=dt.dtype)
     space, names = _space(dt), itertools.cycle(["states", "states after"])
     for row in range(0, b, most_rows):
         rows = slice(row, row + most_rows)
@@ -693,9 +725,11 @@ def _ssd_backward(
                 # 1. The attention within a chunk.
                 M = _per_head(L, G, space("M", L.shape))  # (k, r, h, q, q)
                 dscores = _bmm(dy_h, x_h.mT, space("dscores", L.shape))
+                dD += dscores.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3))
                 below = later @ torch.mul(dscores, M, out=space("dM", L.shape))  # (k, r, h, q, q)
                 dG = dscores.mul_(L).mul_(dt_k[..., None, :]).unflatten(2, (g, -1)).sum(3)  # (k, r, g, q, q)
-                dx_h = _bmm(M.mul_(dt_k[..., None, :]).mT, dy_h, space("dx", x_h.shape))
+                M.mul_(dt_k[..., None, :]).diagonal(dim1=-2, dim2=-1).add_(D[:, None])
+                dx_h = _bmm(M.mT, dy_h, space("dx", x_h.shape))
 
                 torch.addcmul(dx_h.transpose(2, 3), dleft, _by_step(to_end), out=product)
                 dx_i[i : i + k] = product
@@ -709,11 +743,11 @@ def _ssd_backward(
                 dA += (da * dt_k).sum((0, 1, 3))
                 ddt_i[i : i + k] = (ddt_k + da * A[:, None]).mT
         dh0[rows] = rearrange(dstate, "1 r g n (h p) -> r (g h) p n", p=p)
-    return dx, ddt, dA.to(A.dtype), dB, dC, dh0
+    return dx, ddt, dA.to(A.dtype), dB, dC, dD.to(D.dtype), dh0
 
 
 @_ssd.register_fake
-def _(x, dt, A, B, C, h0, chunk_size, n_parallel, keep):
+def _(x, dt, A, B, C, D, h0, chunk_size, n_parallel, keep):
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     count = -(-l // max(1, min(chunk_size, l))) if keep else 0
     borders = dt.new_empty(count, b, g, n, h * p // g)
@@ -721,8 +755,8 @@ def _(x, dt, A, B, C, h0, chunk_size, n_parallel, keep):
 
 
 @_ssd_backward.register_fake
-def _(dy, dh, x, dt, A, B, C, borders, chunk_size, n_parallel):
-    return tuple(torch.empty_like(v) for v in (x, dt, A, B, C, dh))
+def _(dy, dh, x, dt, A, B, C, D, borders, chunk_size, n_parallel):
+    return tuple(torch.empty_like(v) for v in (x, dt, A, B, C, D, dh))
 
 
 def _ssd_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -921,8 +955,7 @@ class Mamba2Mixer(nn.Module):
             padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]  # (b, l)
             dt = dt.masked_fill(padding[..., None], 0)  # dt = 0 leaves the state alone
         A = -torch.exp(self.A_log.to(dt.dtype))
-        y, ssm_state = ssd(u, dt, A, B, C, ssm_state, self.config.chunk_size)
-        y.addcmul_(u, self.D[:, None])  # (b, l, h, p)
+        y, ssm_state = ssd(u, dt, A, B, C, ssm_state, self.config.chunk_size, D=self.D)  # (b, l, h, p)
         if inference_params is not None:
             inference_params.key_value_memory_dict[self.layer_idx] = (conv_state, ssm_state.detach())
         return self.out_proj(self.norm(y.flatten(-2), z))

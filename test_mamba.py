@@ -1989,12 +1989,13 @@ def test_ssd_in_several_segments_is_its_definition():
 def test_ssd_with_chunks_side_by_side_is_its_definition(sizes, n_parallel):
     torch.manual_seed(0)
     b, l, h, p, g, n, q = sizes
-    x, dt, A = torch.randn(b, l, h, p), torch.rand(b, l, h), -3 * torch.rand(h)
-    arguments = [v.double() for v in (x, dt, A, *torch.randn(2, b, l, g, n), torch.randn(b, h, p, n))]
+    x, dt, A, D = torch.randn(b, l, h, p), torch.rand(b, l, h), -3 * torch.rand(h), torch.randn(h)
+    arguments = [v.double() for v in (x, dt, A, *torch.randn(2, b, l, g, n), torch.randn(b, h, p, n), D)]
     chunked = functools.partial(mamba2.ssd, chunk_size=q, n_parallel=n_parallel)
-    results = [gradients_and_results(f, arguments) for f in (chunked, mamba2.ssd_recurrence)]
-    for got, exact in zip(*results, strict=True):
-        assert error(got, exact) < 1e-13
+    forms = (lambda *v, f=f: f(*v[:-1], D=v[-1]) for f in (chunked, mamba2.ssd_recurrence, mamba2.ssd_quadratic))
+    results = [gradients_and_results(form, arguments) for form in forms]
+    for got, exact, dual in zip(*results, strict=True):
+        assert error(got, exact) < 1e-13 and error(dual, exact) < 1e-13
 
 
 def test_the_number_of_operations_side_by_side_grows_slower_than_the_length(file):
