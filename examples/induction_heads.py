@@ -12,8 +12,8 @@ the paper: 2 layers of width 64 (Mamba: state 16), Adam without weight decay, le
 256. Not as there:
 - The steps are few, and the learning rate falls in the second half of them.
 - A batch is of length 16, 32, 64, 128 or 256, drawn at random: learning starts sooner, and a step costs less.
-- dt starts between 1e-11 and 1e-9, not 1e-3 and 1e-1: a state then lasts for a million steps unless the input says
-  otherwise. The gradients of so small a dt are small too, hence Adam's eps of 1e-16.
+- dt starts between 1e-10 and 1e-8, not 1e-3 and 1e-1: a state then lasts for a million steps unless the input says
+  otherwise. The gradients of so small a dt are small too, hence Adam's eps of 1e-14.
 - Every --eval-every steps the model is tested at length 2^16. The weights with the smallest loss there are kept.
 
 Sequences are made and read piece by piece, so the test takes the same memory at any length.
@@ -43,7 +43,7 @@ import mamba2
 VOCABULARY = 16
 SPECIAL = 15  # the ordinary symbols are 0 to 14
 TRAIN_LENGTHS, VALIDATION_LENGTH, BATCH = (16, 32, 64, 128, 256), 2**16, 8
-DT = {"dt_min": 1e-11, "dt_max": 1e-9, "dt_init_floor": 1e-11}  # a step this small lets a state live for 10^6 steps
+DT = {"dt_min": 1e-10, "dt_max": 1e-8, "dt_init_floor": 1e-10}  # a step this small lets a state live for 10^6 steps
 PIECE = 4096  # tokens, of all rows together, that are made and read at once
 VALIDATION_SEED, TEST_SEED = 10**9 + 1, 10**9 + 2  # sequences that no training sees
 FRESH = ("out", "resume", "evaluate", "max_length", "plot", "device")  # options that a resumed run takes anew
@@ -67,7 +67,7 @@ def read_options() -> tuple[argparse.Namespace, dict]:
     add("--evaluate", type=Path, metavar="DIR", nargs="+", help="only test the checkpoints in these directories")
     add("--model", choices=("mamba", "mamba2"), default="mamba")
     add("--d-state", type=int, help="state size (default: mamba 16, mamba2 64)")
-    add("--steps", type=int, default=4000)
+    add("--steps", type=int, default=6000)
     add("--lr", type=float, default=1e-3, help="falls linearly to 2%% of this in the second half")
     add("--eval-every", type=int, default=500, help="steps between evaluations")
     add("--seed", type=int, default=0)
@@ -144,7 +144,7 @@ def train(model: LanguageModel, args: argparse.Namespace, state: dict) -> dict:
     device, n_parameters = next(model.parameters()).device, sum(p.numel() for p in model.parameters())
     print(f"{args.model}, {n_parameters:,} parameters, {device}, seed {args.seed}")
     generator = torch.Generator().manual_seed(args.seed)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, eps=1e-16, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, eps=1e-14, fused=True)
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
