@@ -2,7 +2,7 @@
 
     pip install ".[benchmark]"                                      # mambapy and minimamba
     python benchmarks/bench.py                                      # all of it, under 20 minutes on two cores
-    python benchmarks/bench.py --quick                              # small sizes and few runs, under 2 minutes
+    python benchmarks/bench.py --quick                              # small sizes and few runs, 2 to 3 minutes
     python benchmarks/bench.py --only forward decoding              # some sections
     python benchmarks/bench.py --device cuda
     python benchmarks/bench.py --peer mamba-minimal=DIR --peer mamba2-minimal=DIR2      # peers that are only a file
