@@ -340,6 +340,7 @@ def _check_states(states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+LOG2_E = math.log2(math.e)  # decays are exp2(dt (A log2(e))): exp2 is up to three times faster than exp
 _NAMESPACE = __name__.replace(".", "_")  # of the operators below: each copy of this file has its own
 
 
@@ -487,7 +488,7 @@ def _scan(
     segments = _segments(l, t, w)
     y, final = torch.empty_like(dt), torch.empty_like(h0)
     borders = dt.new_empty(len(segments) if keep else 0, b, n, e)
-    A = A.to(dtype).t().contiguous()  # (n, e)
+    A = (A.to(dtype) * LOG2_E).t().contiguous()  # (n, e)
 
     @functools.cache
     def buffers(t: int, r: int, w: int) -> tuple:
@@ -503,7 +504,7 @@ def _scan(
             _enter_(xs[0], h)
             if keep:
                 borders[i, rows] = h
-            torch.mul(dt_i[..., None, :], A, out=decay).exp_()
+            torch.mul(dt_i[..., None, :], A, out=decay).exp2_()
             torch.mul((dt_i * u_i)[..., None, :], B_i.to(dtype)[..., None], out=x[1:])
             _recur_(x, xs, ds)
             y_i.copy_((C_i.to(dtype)[..., None, :] @ x[1:]).squeeze(-2))
@@ -538,6 +539,7 @@ def _scan_backward(
     du, ddt, dB, dC, dh0 = (torch.empty_like(x) for x in (u, dt, B, C, dh))
     dA = dt.new_zeros(most, w, n, e)
     A_ne = A.to(dtype).t().contiguous()  # (n, e)
+    A_log2 = A_ne * LOG2_E
 
     @functools.cache
     def buffers(t: int, r: int, w: int) -> tuple:
@@ -553,7 +555,7 @@ def _scan_backward(
             dtu = dt_i * u_i
             r, w = dt_i.shape[1:3]
             decay, x, g, ds, xs, gs, g_by_n = buffers(*dt_i.shape[:3])
-            torch.mul(dt_i[..., None, :], A_ne, out=decay[:-1]).exp_()
+            torch.mul(dt_i[..., None, :], A_log2, out=decay[:-1]).exp2_()
             torch.mul(dtu[..., None, :], B_i[..., None], out=x[1:])
             _enter_(xs[0], borders[i, rows])
             _recur_(x, xs, ds[:-1])

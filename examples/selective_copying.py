@@ -13,7 +13,7 @@ tokens are. Two models are compared, both of 2 layers of width 64, with the same
     invariant    dt, B and C are learned constants, each channel has its own: a time-invariant layer like S4 (S4D-Real)
 
 Training: Adam without weight decay, fresh sequences in every batch. There is no noise at first; the sequences grow from
-16 tokens to --length over three quarters of the steps (by the same factor every step), because learning starts much
+16 tokens to --length over the first half of the steps (by the same factor every step), because learning starts much
 sooner that way. The learning rate falls linearly over the second half. Both layers get the same steps. Each run leaves
 its curve in --out as a .json file, and the table and the plot show all curves that are there: runs can be shared among
 processes.
@@ -61,7 +61,7 @@ def read_options() -> argparse.Namespace:
     add("--layer", choices=LAYERS, nargs="+", default=LAYERS)
     add("--lr", type=float, nargs="+", default=(1e-3, 3e-3, 5e-3), help="learning rates, one run each")
     add("--length", type=int, default=256, help="tokens before the markers")
-    add("--steps", type=int, default=4500, help="steps of each run")
+    add("--steps", type=int, default=9000, help="steps of each run")
     add("--batch-size", type=int, default=16)
     add("--eval-every", type=int, default=250, help="steps between evaluations")
     add("--seed", type=int, default=0)
@@ -133,8 +133,8 @@ def evaluate(model: MambaForCausalLM, length: int) -> float:
 
 
 def length_at(step: int, args: argparse.Namespace) -> int:
-    """From 16 to args.length over three quarters of the steps, by the same factor every step."""
-    return round(MEMORIZED * (args.length / MEMORIZED) ** min(1, step / (0.75 * args.steps)))
+    """From 16 to args.length over the first half of the steps, by the same factor every step."""
+    return round(MEMORIZED * (args.length / MEMORIZED) ** min(1, 2 * step / args.steps))
 
 
 def learning_rate(step: int, lr: float, steps: int) -> float:
