@@ -483,17 +483,21 @@ def ssd(
     return y, state
 
 
-def _tiling(shape: torch.Size, q: int, device: torch.device, n_parallel: int) -> tuple[int, int, int]:
-    """Rows of the batch worked on at once, the chunks whose masks are made at once, and the chunks side by side."""
+def _tiling(shape: torch.Size, g: int, q: int, device: torch.device, n_parallel: int) -> tuple[int, int, int, int]:
+    """Rows of the batch at once, chunks whose masks are made at once, chunks side by side, and sets of heads.
+
+    The heads of a set are joined in the products with B and C, which they share. One product would be the work of all
+    threads at each of its steps: there, every head is a set.
+    """
     b, l, h, p = shape
     chunk, mask, count = max(1, q * h * p), max(1, q * q * h), max(1, -(-l // q))
     if device.type == "cpu":
         rows = max(1, min(b, 2**17 // chunk))
         k = n_parallel or max(1, 2**16 // (rows * chunk))
-        return rows, min(count, max(k, 2**20 // (rows * mask))), k
+        return rows, min(count, max(k, 2**20 // (rows * mask))), k, h if rows * k * g == 1 else g
     rows = max(1, min(b, 2**26 // max(chunk, mask)))  # bounds the memory
     k = n_parallel or max(1, min(count, 2**26 // (rows * max(chunk, mask))))
-    return rows, k, k
+    return rows, k, k, g
 
 
 def _segments(l: int, q: int, most: int) -> list[tuple[slice, int]]:
@@ -571,22 +575,27 @@ def _per_head(L: Tensor, G: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _decay(from_start: Tensor, g: int, p: int) -> Tensor:
-    """From start to end of each chunk, (c, r, h, q), for each channel: (c, r, g, 1, e/g)."""
-    return from_start[..., -1].repeat_interleave(p, dim=-1).unflatten(-1, (g, 1, -1))
+def _decay(from_start: Tensor, s: int, p: int) -> Tensor:
+    """From start to end of each chunk, (c, r, h, q), for each channel: (c, r, s, 1, e/s)."""
+    return from_start[..., -1].repeat_interleave(p, dim=-1).unflatten(-1, (s, 1, -1))
 
 
 def _by_step(v: Tensor) -> Tensor:
     return v.mT[..., None].contiguous()  # (c, r, q, h, 1)
 
 
-def _grouped(v: Tensor, g: int) -> Tensor:
-    """(c, r, q, h, p) to (c, r, g, q, e/g)."""
-    return v.unflatten(3, (g, -1)).transpose(2, 3).flatten(-2)
+def _shared(v: Tensor, s: int) -> Tensor:
+    """B or C (c, r, g, q, n) for each set of heads: (c, r, s, q, n)."""
+    return v[:, :, :, None].expand(-1, -1, -1, s // v.shape[2], -1, -1).flatten(2, 3)
 
 
-def _ungrouped(v: Tensor, p: int) -> Tensor:
-    """(c, r, g, q, e/g) to (c, r, q, h, p)."""
+def _joined(v: Tensor, s: int) -> Tensor:
+    """(c, r, q, h, p) to (c, r, s, q, e/s): the channels of the heads of a set, side by side."""
+    return v.unflatten(3, (s, -1)).transpose(2, 3).flatten(-2)
+
+
+def _split(v: Tensor, p: int) -> Tensor:
+    """(c, r, s, q, e/s) to (c, r, q, h, p)."""
     return v.unflatten(-1, (-1, p)).transpose(2, 3).flatten(3, 4)
 
 
@@ -597,9 +606,9 @@ def _bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _pass_on(states: Tensor, decay: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
-    """The states before each of k chunks (k, r, g, n, e/g), and the one after the last (1, r, g, n, e/g).
+    """The states before each of k chunks (k, r, s, n, e/s), and the one after the last (1, r, s, n, e/s).
 
-    states: (k, r, g, n, e/g), what each chunk adds, overwritten; decay: (k, r, g, 1, e/g); entering: (1, r, g, n, e/g).
+    states: (k, r, s, n, e/s), what each chunk adds, overwritten; decay: (k, r, s, 1, e/s); entering: (1, r, s, n, e/s).
     With S[i] = states[i] + decay[i] S[i-1], all are found in log2(k) rounds.
     """
     states[:1].addcmul_(decay[:1], entering)
@@ -628,20 +637,20 @@ def _ssd(
     """y (b, l, h, p), the final state (b, h, p, n) and, if `keep`, the states before each chunk (c, b, g, n, e/g)."""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     q = max(1, min(chunk_size, l))
-    most_rows, most, k = _tiling(x.shape, q, x.device, n_parallel)
+    most_rows, most, k, s = _tiling(x.shape, g, q, x.device, n_parallel)
     y, final = torch.empty_like(x, dtype=dt.dtype), torch.empty_like(h0)
-    borders = dt.new_empty(-(-l // q) if keep else 0, b, g, n, h * p // g)
+    borders = dt.new_empty(-(-l // q) if keep else 0, b, s, n, h * p // s)
     space, names = _space(dt), itertools.cycle(["states", "states after"])
     for row in range(0, b, most_rows):
         rows = slice(row, row + most_rows)
-        state = rearrange(h0[None, rows], "1 r (g h) p n -> 1 r g n (h p)", g=g).contiguous()
+        state = rearrange(h0[None, rows], "1 r (s h) p n -> 1 r s n (h p)", s=s).contiguous()
         for steps, q_i in _segments(l, q, most):
             x_i, dt_i, B_i, C_i = _load(x, dt, B, C, rows, steps, q_i)
             y_i = _chunks(y, rows, steps, q_i)  # (c, r, q, h, p)
             L, G, from_start, to_end = _masks(dt_i, A.to(dt.dtype), B_i, C_i, space)
             scores = _per_head(L, G, space("scores", L.shape)).mul_(dt_i[..., None, :])  # (c, r, h, q, q)
             scores.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
-            decay = _decay(from_start, g, p)
+            B_i, C_i, decay = _shared(B_i, s), _shared(C_i, s), _decay(from_start, s, p)
             from_start, to_end = _by_step(from_start), _by_step(to_end)
             for i in range(0, len(x_i), k):
                 x_k, y_k, B_k, C_k, scores_k = (v[i : i + k] for v in (x_i, y_i, B_i, C_i, scores))
@@ -650,16 +659,16 @@ def _ssd(
                 # 2. The state that each chunk's own inputs leave at its end.
                 left = torch.mul(x_k, to_end[i : i + k], out=space("left", x_k.shape))
                 states = space(next(names), (len(x_k), *state.shape[1:]))
-                states = _bmm(B_k.mT, _grouped(left, g), states)  # (k, r, g, n, e/g)
+                states = _bmm(B_k.mT, _joined(left, s), states)  # (k, r, s, n, e/s)
                 # 3. The state at the start of each chunk: a recurrence across chunks.
                 before, state = _pass_on(states, decay[i : i + k], state)
                 # 4. The output from the state at the start of the chunk (off-diagonal blocks).
-                carried = _bmm(C_k, before, space("carried", (*C_k.shape[:-1], h // g * p)))  # (k, r, g, q, e/g)
-                torch.addcmul(own.transpose(2, 3), _ungrouped(carried, p), from_start[i : i + k], out=y_k)
+                carried = _bmm(C_k, before, space("carried", (*C_k.shape[:-1], h // s * p)))  # (k, r, s, q, e/s)
+                torch.addcmul(own.transpose(2, 3), _split(carried, p), from_start[i : i + k], out=y_k)
                 if keep:
                     first = steps.start // q + i
                     borders[first : first + len(before), rows] = before
-        final[rows] = rearrange(state, "1 r g n (h p) -> r (g h) p n", p=p)
+        final[rows] = rearrange(state, "1 r s n (h p) -> r (s h) p n", p=p)
     return y, final, borders
 
 
@@ -681,45 +690,47 @@ def _ssd_backward(
     """The gradients of x, dt, A, B, C, D and the initial state (b, h, p, n), from those of y and the final state."""
     (b, l, _, p), g = x.shape, B.shape[2]
     q = max(1, min(chunk_size, l))
-    most_rows, most, k = _tiling(x.shape, q, x.device, n_parallel)
+    most_rows, most, k, s = _tiling(x.shape, g, q, x.device, n_parallel)
     dx, ddt, dB, dC, dh0 = (torch.empty_like(v) for v in (x, dt, B, C, dh))
     dA, dD = torch.zeros_like(A, dtype=dt.dtype), torch.zeros_like(D, dtype=dt.dtype)
     space, names = _space(dt), itertools.cycle(["states", "states after"])
     for row in range(0, b, most_rows):
         rows = slice(row, row + most_rows)
-        dstate = rearrange(dh[None, rows], "1 r (g h) p n -> 1 r g n (h p)", g=g).contiguous()
+        dstate = rearrange(dh[None, rows], "1 r (s h) p n -> 1 r s n (h p)", s=s).contiguous()
         for steps, q_i in reversed(_segments(l, q, most)):
             x_i, dt_i, B_i, C_i = _load(x, dt, B, C, rows, steps, q_i)
             dy_i, dx_i, ddt_i, dB_i, dC_i = (_chunks(v, rows, steps, q_i) for v in (dy, dx, ddt, dB, dC))
             L_i, G_i, from_start_i, to_end_i = _masks(dt_i, A.to(dt.dtype), B_i, C_i, space)
-            given = (dt_i, B_i, C_i, L_i, G_i, from_start_i, to_end_i, _decay(from_start_i, g, p))
+            shared = (B_i, C_i, _shared(B_i, s), _shared(C_i, s))
+            given = (dt_i, *shared, L_i, G_i, from_start_i, to_end_i, _decay(from_start_i, s, p))
             later = dt.new_ones(q_i, q_i).triu()  # later @ v: sums of v over a row and all rows below it
             for i in reversed(range(0, len(x_i), k)):
-                dt_k, B_k, C_k, L, G, from_start, to_end, decay = (v[i : i + k] for v in given)
+                dt_k, B_k, C_k, B_s, C_s, L, G, from_start, to_end, decay = (v[i : i + k] for v in given)
                 x_k, dy_k = x_i[i : i + k], dy_i[i : i + k].to(dt.dtype)  # (k, r, q, h, p)
                 x_h, dy_h = x_k.transpose(2, 3), dy_k.transpose(2, 3)  # (k, r, h, q, p)
                 first = steps.start // q + i
-                before = borders[first : first + len(x_k), rows]  # (k, r, g, n, e/g)
+                before = borders[first : first + len(x_k), rows]  # (k, r, s, n, e/s)
 
                 # 4 and 3. The state at the start of a chunk: from its outputs, and from the state at its end.
                 product = space("product", x_k.shape)
-                dcarried = _grouped(torch.mul(dy_k, _by_step(from_start), out=product), g)  # (k, r, g, q, e/g)
-                dC_k = dcarried @ before.mT  # (k, r, g, q, n)
-                dstates = _bmm(C_k.mT, dcarried, space(next(names), before.shape))
+                dcarried = _joined(torch.mul(dy_k, _by_step(from_start), out=product), s)  # (k, r, s, q, e/s)
+                dC_k = (dcarried @ before.mT).unflatten(2, (g, -1)).sum(3)  # (k, r, g, q, n)
+                dstates = _bmm(C_s.mT, dcarried, space(next(names), before.shape))
                 if k == 1:
                     after, dstate = _pass_on(dstates, decay, dstate)
                 else:
                     after, dstate = _pass_on(dstates.flip(0), decay.flip(0), dstate)
                     after = after.flip(0)  # the gradient of the state at the end of each chunk
-                carried = _bmm(C_k, before, space("carried", dcarried.shape))
-                dy_carried = torch.mul(dy_k, _ungrouped(carried, p), out=product)
+                carried = _bmm(C_s, before, space("carried", dcarried.shape))
+                dy_carried = torch.mul(dy_k, _split(carried, p), out=product)
                 dfrom_start = dy_carried.sum(-1).mT * from_start  # (k, r, h, q)
                 ddecay = torch.mul(after, before, out=space("product of states", before.shape)).sum(-2)
                 dfrom_start[..., -1] += ddecay.unflatten(-1, (-1, p)).sum(-1).flatten(2) * from_start[..., -1]
 
                 # 2. What a chunk's inputs leave at its end.
-                dB_k = _grouped(torch.mul(x_k, _by_step(to_end), out=product), g) @ after.mT  # (k, r, g, q, n)
-                dleft = _ungrouped(_bmm(B_k, after, carried), p)  # (k, r, q, h, p)
+                left = _joined(torch.mul(x_k, _by_step(to_end), out=product), s)  # (k, r, s, q, e/s)
+                dB_k = (left @ after.mT).unflatten(2, (g, -1)).sum(3)  # (k, r, g, q, n)
+                dleft = _split(_bmm(B_s, after, carried), p)  # (k, r, q, h, p)
                 dto_end = torch.mul(x_k, dleft, out=product).sum(-1).mT  # (k, r, h, q)
 
                 # 1. The attention within a chunk.
@@ -742,15 +753,15 @@ def _ssd_backward(
                 da[..., 1:] += (dto_end * to_end)[..., :-1].cumsum(-1)
                 dA += (da * dt_k).sum((0, 1, 3))
                 ddt_i[i : i + k] = (ddt_k + da * A[:, None]).mT
-        dh0[rows] = rearrange(dstate, "1 r g n (h p) -> r (g h) p n", p=p)
+        dh0[rows] = rearrange(dstate, "1 r s n (h p) -> r (s h) p n", p=p)
     return dx, ddt, dA.to(A.dtype), dB, dC, dD.to(D.dtype), dh0
 
 
 @_ssd.register_fake
 def _(x, dt, A, B, C, D, h0, chunk_size, n_parallel, keep):
-    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    count = -(-l // max(1, min(chunk_size, l))) if keep else 0
-    borders = dt.new_empty(count, b, g, n, h * p // g)
+    (b, l, h, p), (g, n), q = x.shape, B.shape[2:], max(1, min(chunk_size, x.shape[1]))
+    *_, s = _tiling(x.shape, g, q, x.device, n_parallel)
+    borders = dt.new_empty(-(-l // q) if keep else 0, b, s, n, h * p // s)
     return torch.empty_like(x, dtype=dt.dtype), torch.empty_like(h0), borders
 
 
@@ -886,11 +897,17 @@ def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None
 
 
 class Linear(nn.Linear):
-    """nn.Linear; without a bias, the few vectors of a decoding step are columns, which CPUs multiply faster."""
+    """nn.Linear; the few vectors of a decoding step are multiplied in the ways in which CPUs read weights fastest."""
 
     def forward(self, x: Tensor) -> Tensor:
         count = x.numel() // max(1, x.shape[-1])
-        if not 0 < count <= 16 or self.bias is not None or torch.is_grad_enabled():
+        if not 0 < count <= 16 or torch.is_grad_enabled():
+            return super().forward(x)
+        if count == 1 and x.is_cpu and x.dtype == torch.float32:  # a batch of blocks of rows: all threads read
+            blocks = self.weight.unflatten(0, (math.gcd(self.out_features, 16), -1))
+            y = torch.bmm(blocks, x.reshape(1, -1).mT.expand(len(blocks), -1, -1)).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        if self.bias is not None:  # it would be rounded twice below
             return super().forward(x)
         columns = x.reshape(-1) if count == 1 else x.reshape(count, -1).mT  # (i,) or (i, count)
         return (self.weight @ columns).view(-1, count).mT.reshape(*x.shape[:-1], -1)
@@ -1007,10 +1024,14 @@ class GatedRMSNorm(nn.Module):
         self.ngroups, self.eps = ngroups, eps
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gate = F.silu(z.to(y.dtype))
-        y = y * gate if torch.is_grad_enabled() else y.mul_(gate)
-        y = F.rms_norm(y.unflatten(-1, (self.ngroups, -1)), (y.shape[-1] // self.ngroups,), eps=self.eps).flatten(-2)
-        return (y * self.weight).to(self.weight.dtype)
+        gate, width = F.silu(z.to(y.dtype)), y.shape[-1] // self.ngroups
+        if torch.is_grad_enabled():
+            y = F.rms_norm((y * gate).unflatten(-1, (self.ngroups, width)), (width,), eps=self.eps).flatten(-2)
+            return (y * self.weight).to(self.weight.dtype)
+        groups = y.mul_(gate).unflatten(-1, (self.ngroups, width))  # the same in place: a third of the time
+        mean_square = torch.linalg.vector_norm(groups, dim=-1, keepdim=True).square_().div_(width)
+        groups.mul_(mean_square.add_(self.eps).rsqrt_())
+        return y.mul_(self.weight).to(self.weight.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
