@@ -356,7 +356,15 @@ def _full_precision(function: Callable) -> Callable:
 
 
 def selective_scan_recurrence(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None = None,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition (equation 2 with the discretisation of Algorithm 2), one step after the other.
 
@@ -368,7 +376,9 @@ def selective_scan_recurrence(
         # Algorithm 2 names the zero-order hold (equation 4); the official code uses dt * B, Euler's rule, for B.
         h = torch.exp(dt_t[..., None] * A) * h + (dt_t * u_t)[..., None] * B_t[:, None]  # (b, e, n)
         ys.append((h @ C_t[..., None]).squeeze(-1))  # (b, e)
-    return torch.stack(ys, 1) if ys else torch.zeros_like(u), h
+    y = torch.stack(ys, 1) if ys else torch.zeros_like(u)
+    y = y if D is None else y + D * u
+    return y if z is None else y * F.silu(z), h
 
 
 def selective_scan(
@@ -380,14 +390,17 @@ def selective_scan(
     initial_state: Tensor | None = None,
     block_len: int | None = None,
     n_parallel: int | None = None,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The selective scan (Algorithm 2), each channel of the inner width e with its own state of size n:
 
-        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t        y_t = C_t . h_t
+        h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t        y_t = (C_t . h_t + D u_t) SiLU(z_t)
 
     u, dt: (b, l, e), dt not negative, its type is that of the computation; A: (e, n), negative; B, C: (b, l, n);
-    initial_state: (b, e, n), zero when None. Returns y (b, l, e) and the final state (b, e, n). Differentiable once, in
-    every argument. Raises ValueError for shapes that don't fit.
+    initial_state: (b, e, n) and D: (e,), zero when None; z: (b, l, e), no gate when None. Returns y (b, l, e) and the
+    final state (b, e, n). Differentiable once, in every argument. Raises ValueError for shapes that don't fit.
 
     The sequence is walked in blocks of `block_len` steps, whose (block_len, rows, n, e) tensors stay in cache: one
     product and one exp for all decays, one product for all inputs, a multiply-add for each step, one product with C.
@@ -397,16 +410,19 @@ def selective_scan(
     result; None chooses them by the sizes and the device.
     """
     (b, l, e), n = u.shape, A.shape[-1]
-    expected = {"dt": (b, l, e), "A": (e, n), "B": (b, l, n), "C": (b, l, n), "initial_state": (b, e, n)}
-    for name, value in zip(expected, (dt, A, B, C, initial_state), strict=True):
+    expected = {"dt": (b, l, e), "A": (e, n), "B": (b, l, n), "C": (b, l, n)}
+    expected |= {"initial_state": (b, e, n), "D": (e,), "z": (b, l, e)}
+    for name, value in zip(expected, (dt, A, B, C, initial_state, D, z), strict=True):
         if value is not None and value.shape != expected[name]:
             raise ValueError(f"{name} must have shape {expected[name]}, got {tuple(value.shape)}")
     for name, value in (("block_len", block_len), ("n_parallel", n_parallel)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be None or a positive integer, got {value}")
     h = dt.new_zeros(b, n, e) if initial_state is None else initial_state.mT.to(dt.dtype).contiguous()
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (u, dt, A, B, C, h))
-    y, h, _ = _scan(u, dt, A, B, C, h, block_len or 0, n_parallel or 0, keep)
+    D = A.new_zeros(e) if D is None else D
+    given = (u, dt, A, B, C, D, h, z)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    y, h, _ = _scan(*given, block_len or 0, n_parallel or 0, keep)
     return y, h.mT.contiguous()
 
 
@@ -480,7 +496,17 @@ def _recur_(x: Tensor, xs: Sequence[Tensor], ds: Sequence[Tensor], reverse: bool
 @torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
 @_full_precision
 def _scan(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, block_len: int, n_parallel: int, keep: bool
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    h0: Tensor,
+    z: Tensor | None,
+    block_len: int,
+    n_parallel: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (b, l, e), the final state (b, n, e) and, if `keep`, the states at which segments begin (segments, b, n, e)."""
     (b, l, e), n, dtype = u.shape, A.shape[1], dt.dtype
@@ -488,6 +514,7 @@ def _scan(
     segments = _segments(l, t, w)
     y, final = torch.empty_like(dt), torch.empty_like(h0)
     borders = dt.new_empty(len(segments) if keep else 0, b, n, e)
+    gate = dt if z is None else z  # dt only stands in, here and below
     A = (A.to(dtype) * LOG2_E).t().contiguous()  # (n, e)
 
     @functools.cache
@@ -498,8 +525,8 @@ def _scan(
     for row in range(0, b, r):
         rows = slice(row, row + r)
         h = h0[rows]
-        parts = zip(*(_blocks(v, rows, segments) for v in (dt, u, B, C, y)), strict=True)
-        for i, (dt_i, u_i, B_i, C_i, y_i) in enumerate(parts):
+        parts = zip(*(_blocks(v, rows, segments) for v in (dt, u, B, C, gate, y)), strict=True)
+        for i, (dt_i, u_i, B_i, C_i, z_i, y_i) in enumerate(parts):
             decay, x, ds, xs = buffers(*dt_i.shape[:3])
             _enter_(xs[0], h)
             if keep:
@@ -507,7 +534,8 @@ def _scan(
             torch.mul(dt_i[..., None, :], A, out=decay).exp2_()
             torch.mul((dt_i * u_i)[..., None, :], B_i.to(dtype)[..., None], out=x[1:])
             _recur_(x, xs, ds)
-            y_i.copy_((C_i.to(dtype)[..., None, :] @ x[1:]).squeeze(-2))
+            ungated = (C_i.to(dtype)[..., None, :] @ x[1:]).squeeze(-2).addcmul_(u_i, D)  # (t, r, w, e)
+            y_i.copy_(ungated if z is None else ungated.mul_(F.silu(z_i)))
             h = xs[-1][:, -1]
         final[rows] = h
     return y, final, borders
@@ -523,21 +551,25 @@ def _scan_backward(
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
     borders: Tensor,
     block_len: int,
     n_parallel: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of u, dt, A, B, C and of the initial state (b, n, e), from those of y and of the final state.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of u, dt, A, B, C, D, the initial state (b, n, e) and z, from those of y and of the final state.
 
-    Each segment's states are computed again from the one at its border (section 3.3.2). With g the gradient of h:
+    Each segment's states are computed again from the one at its border (section 3.3.2). With g the gradient of h, and
+    with dy that of what the gate multiplies:
 
         g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}        and that of dt_t A is  q_t = g_t * exp(dt_t A) * h_{t-1}
     """
     (b, l, e), n, dtype = u.shape, A.shape[1], dt.dtype
     t, w, most = _tiling(b, l, e, n, u.device, block_len, n_parallel)
     segments = _segments(l, t, w)
-    du, ddt, dB, dC, dh0 = (torch.empty_like(x) for x in (u, dt, B, C, dh))
-    dA = dt.new_zeros(most, w, n, e)
+    gate = dt if z is None else z
+    du, ddt, dB, dC, dh0, dz = (torch.empty_like(x) for x in (u, dt, B, C, dh, gate))
+    dA, dD = dt.new_zeros(most, w, n, e), dt.new_zeros(e)
     A_ne = A.to(dtype).t().contiguous()  # (n, e)
     A_log2 = A_ne * LOG2_E
 
@@ -549,9 +581,10 @@ def _scan_backward(
     for row in range(0, b, most):
         rows = slice(row, row + most)
         entering = dh[rows]
-        parts = zip(*(_blocks(v, rows, segments) for v in (dt, u, B, C, dy, du, ddt, dB, dC)), strict=True)
-        for i, (*given, du_i, ddt_i, dB_i, dC_i) in reversed(list(enumerate(parts))):
-            dt_i, u_i, B_i, C_i, dy_i = (v.to(dtype) for v in given)
+        tensors = (dt, u, B, C, dy, gate, du, ddt, dB, dC, dz)
+        parts = zip(*(_blocks(v, rows, segments) for v in tensors), strict=True)
+        for i, (*given, du_i, ddt_i, dB_i, dC_i, dz_i) in reversed(list(enumerate(parts))):
+            dt_i, u_i, B_i, C_i, dy_i, z_i = (v.to(dtype) for v in given)
             dtu = dt_i * u_i
             r, w = dt_i.shape[1:3]
             decay, x, g, ds, xs, gs, g_by_n = buffers(*dt_i.shape[:3])
@@ -559,6 +592,10 @@ def _scan_backward(
             torch.mul(dtu[..., None, :], B_i[..., None], out=x[1:])
             _enter_(xs[0], borders[i, rows])
             _recur_(x, xs, ds[:-1])
+            if z is not None:
+                ungated = (C_i[..., None, :] @ x[1:]).squeeze(-2).addcmul_(u_i, D)  # (t, r, w, e)
+                dz_i.copy_(torch.ops.aten.silu_backward(ungated.mul_(dy_i), z_i))
+                dy_i = dy_i * F.silu(z_i)
             ds[-1][:, :-1] = ds[0][:, 1:]  # the decay of the next block's first step
             ds[-1][:, -1] = 1  # is in `entering` already
             torch.mul(dy_i[..., None, :], C_i[..., None], out=g[:-1])
@@ -568,7 +605,8 @@ def _scan_backward(
             dC_i.copy_((dy_i[..., None, :] @ x[1:].mT).squeeze(-2))  # faster than x @ dy
             dB_i.copy_((dtu[..., None, :] @ g[:-1].mT).squeeze(-2))
             d_dtu = (B_i[..., None, :] @ g[:-1]).squeeze(-2)  # (t, r, w, e)
-            du_i.copy_(d_dtu * dt_i)
+            du_i.copy_((d_dtu * dt_i).addcmul_(dy_i, D))
+            dD += (dy_i * u_i).sum((0, 1, 2))
             d_dt = d_dtu.mul_(u_i)
             g[:-1].mul_(decay[:-1]).mul_(x[:-1])  # g is q from here on
             for q_n, A_n in zip(g_by_n, A_ne.unbind(0), strict=True):
@@ -578,33 +616,33 @@ def _scan_backward(
             for q_t, dt_t in zip(gs[:-1], dt_i[..., None, :].unbind(0), strict=True):
                 dA_i.addcmul_(q_t, dt_t)
         dh0[rows] = entering
-    return du, ddt, dA.sum((0, 1)).t().to(A.dtype).contiguous(), dB, dC, dh0
+    return du, ddt, dA.sum((0, 1)).t().to(A.dtype).contiguous(), dB, dC, dD.to(D.dtype), dh0, dz
 
 
 @_scan.register_fake
-def _(u, dt, A, B, C, h0, block_len, n_parallel, keep):
+def _(u, dt, A, B, C, D, h0, z, block_len, n_parallel, keep):
     (b, l, e), n = u.shape, A.shape[1]
     t, w, _ = _tiling(b, l, e, n, u.device, block_len, n_parallel)
     return torch.empty_like(dt), torch.empty_like(h0), dt.new_empty(len(_segments(l, t, w)) if keep else 0, b, n, e)
 
 
 @_scan_backward.register_fake
-def _(dy, dh, u, dt, A, B, C, borders, block_len, n_parallel):
-    return tuple(torch.empty_like(x) for x in (u, dt, A, B, C, dh))
+def _(dy, dh, u, dt, A, B, C, D, z, borders, block_len, n_parallel):
+    return tuple(torch.empty_like(x) for x in (u, dt, A, B, C, D, dh, dt if z is None else z))
 
 
 def _scan_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, _, ctx.block_len, ctx.n_parallel, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    *tensors, _, z, ctx.block_len, ctx.n_parallel, _ = inputs
+    ctx.save_for_backward(*tensors, z, output[2])
     ctx.set_materialize_grads(False)  # the stored states have none
 
 
 def _scan_gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple:
-    _, dt, *_, borders = saved = ctx.saved_tensors
+    _, dt, *_, z, borders = saved = ctx.saved_tensors
     dy = torch.zeros_like(dt) if dy is None else dy
     dh = borders.new_zeros(borders.shape[1:]) if dh is None else dh
-    gradients = _scan_backward(dy, dh, *saved, ctx.block_len, ctx.n_parallel)
-    return *gradients, None, None, None
+    *gradients, dz = _scan_backward(dy, dh, *saved, ctx.block_len, ctx.n_parallel)
+    return *gradients, None if z is None else dz, None, None, None
 
 
 _scan.register_autograd(_scan_gradients, setup_context=_scan_setup)
@@ -797,9 +835,7 @@ class MambaMixer(nn.Module):
             padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]  # (b, l)
             dt = dt.masked_fill(padding[..., None], 0)  # dt = 0 leaves the state alone
         A = -torch.exp(self.A_log.to(dt.dtype))
-        y, ssm_state = selective_scan(u, dt, A, B, C, ssm_state)  # (b, l, e)
-        y.addcmul_(u, self.D)
-        y = y * F.silu(z) if torch.is_grad_enabled() else y.mul_(F.silu(z))
+        y, ssm_state = selective_scan(u, dt, A, B, C, ssm_state, D=self.D, z=z)  # (b, l, e)
         if inference_params is not None:
             inference_params.key_value_memory_dict[self.layer_idx] = (conv_state, ssm_state.detach())
         return self.out_proj(y.to(x.dtype))

@@ -414,6 +414,30 @@ def test_scan_gradients_equal_finite_differences_without_initial_state():
     assert gradcheck(mamba.selective_scan, [t.requires_grad_() for t in scan_inputs(2, 5, 2, 3)[:5]])
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("block_len, n_parallel", [(None, None), (5, 1), (4, 3)])
+def test_scan_with_skip_and_gate(block_len, n_parallel, gated):
+    inputs = [t.requires_grad_() for t in scan_inputs(2, 23, 3, 4)]
+    D, z = torch.randn(3).double().requires_grad_(), torch.randn(2, 23, 3).double().requires_grad_()
+    y, state = scan_by_definition(*inputs)
+    wanted = (y + inputs[0] * D) * (z * torch.sigmoid(z) if gated else 1), state
+    leaves, weights = [*inputs, D, *[z] * gated], [torch.randn_like(t) for t in wanted]
+    exact = torch.autograd.grad(wanted, leaves, weights)
+    settings = {"D": D, "z": z if gated else None}
+    for scan in (
+        lambda *v: mamba.selective_scan(*v, block_len=block_len, n_parallel=n_parallel, **settings),
+        lambda *v: mamba.selective_scan_recurrence(*v, **settings),
+    ):
+        got = scan(*inputs)
+        assert_all_close(got, wanted)
+        assert_all_close(torch.autograd.grad(got, leaves, weights), exact)
+
+
+def test_scan_differentiates_the_gate_alone():
+    inputs, z = scan_inputs(2, 9, 3, 2), torch.randn(2, 9, 3).double().requires_grad_()
+    assert gradcheck(lambda z: mamba.selective_scan(*inputs, z=z), [z])
+
+
 def test_scan_differentiates_only_what_asks_for_it():
     inputs = scan_inputs(2, 9, 3, 2)
     for i in range(6):
