@@ -677,13 +677,14 @@ def compiled(model: nn.Module) -> Callable[[Tensor, int], Any]:
 
 
 def read_bandwidth(bench: Bench, dtype: torch.dtype) -> float:
-    """Bytes per second at which 512 MB are read: the best of a sum and of products with one vector in both layouts."""
-    data = torch.ones(512 * 10**6 // dtype.itemsize // 4096, 4096, device=bench.device, dtype=dtype)
+    """Bytes per second at which 512 MB are read: the best of a sum and of several forms of a product with one vector."""
+    data = torch.ones(512 * 10**6 // dtype.itemsize // 2**16 * 16, 4096, device=bench.device, dtype=dtype)
     across, along = (torch.randn(1, width, device=bench.device, dtype=dtype) for width in data.shape[::-1])
     works = {
         "sum": lambda: data.sum(),
         "row-major product": lambda: F.linear(across, data),
         "column-major product": lambda: F.linear(along, data.t()),
+        "product of blocks": lambda: torch.bmm(data.unflatten(0, (16, -1)), across.mT.expand(16, -1, -1)),
     }
     with torch.no_grad():
         results = bench.measure(works)
@@ -864,7 +865,8 @@ batch 1 and the same weights everywhere; forward runs without gradients.
 
 - **limit**, for a layer: its matrix products (in_proj, x_proj, dt_proj, out_proj) as F.linear, and their backward where
   the table has one. The products inside the scan or SSD do not count. For a generated token: the bytes of the weights
-  over the read bandwidth, which is the best of a sum and of products with a vector, row- and column-major, over 512 MB.
+  over the read bandwidth, which is the best of a sum and of products with a vector, row-major, column-major and in
+  blocks of rows, over 512 MB.
 - **fastest peer / ours** above 1: ours is faster. **ours / limit** of 1 is what can't be beaten; **limit / ours**: how
   much of the bandwidth is used, for ours and where there is one for ours compiled.
 - **q** is the chunk size of SSD, the best of 64, 128 and 256 for each peer and work. Ours keeps its default.
