@@ -2587,6 +2587,29 @@ def test_forward_is_near_the_limit_and_ahead_of_transformers(file, two_threads):
 
 
 @pytest.mark.slow
+def test_a_layer_at_length_2048_compiles_within_a_minute(file, two_threads, tmp_path, monkeypatch):
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    layer, x = file.Mixer(file.Config()), torch.randn(1, 2048, 768)
+    compiled = torch.compile(layer, fullgraph=True)
+    start, results = time.perf_counter(), []
+    for f in (compiled, layer):
+        layer.zero_grad()
+        y = f(x)
+        y.square().mean().backward()
+        results.append([y.detach(), *(p.grad for p in layer.parameters())])
+        if f is compiled:
+            took = time.perf_counter() - start
+    print(f"forward and backward compiled and ran in {took:.0f} s")
+    assert took < 60
+    for got, expected in zip(*results, strict=True):
+        assert error(got, expected) < 1e-5
+
+
+@pytest.mark.slow
 def test_training_mamba2_is_faster_than_in_transformers(two_threads):
     file, x = FILES["mamba2"], torch.randn(1, 2048, 768, requires_grad=True)
     ours, theirs = file.Mixer(file.Config()), their_mixer(file).train()
