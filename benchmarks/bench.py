@@ -677,7 +677,7 @@ def compiled(model: nn.Module) -> Callable[[Tensor, int], Any]:
 
 
 def read_bandwidth(bench: Bench, dtype: torch.dtype) -> float:
-    """Bytes per second at which 512 MB are read: the best of a sum and of several forms of a product with one vector."""
+    """Bytes per second at which 512 MB are read: the best of a sum and of some products with one vector."""
     data = torch.ones(512 * 10**6 // dtype.itemsize // 2**16 * 16, 4096, device=bench.device, dtype=dtype)
     across, along = (torch.randn(1, width, device=bench.device, dtype=dtype) for width in data.shape[::-1])
     works = {
