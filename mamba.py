@@ -765,7 +765,7 @@ class Linear(nn.Linear):
         if not 0 < count <= 16 or torch.is_grad_enabled():
             return super().forward(x)
         if count == 1 and x.is_cpu and x.dtype == torch.float32:  # a batch of blocks of rows: all threads read
-            blocks = self.weight.unflatten(0, (math.gcd(self.out_features, 16), -1))
+            blocks = self.weight.unflatten(0, (math.gcd(len(self.weight), 16), -1))
             y = torch.bmm(blocks, x.reshape(1, -1).mT.expand(len(blocks), -1, -1)).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         if self.bias is not None:  # it would be rounded twice below

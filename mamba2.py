@@ -634,7 +634,7 @@ def _ssd(
     n_parallel: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, h, p), the final state (b, h, p, n) and, if `keep`, the states before each chunk (c, b, g, n, e/g)."""
+    """y (b, l, h, p), the final state (b, h, p, n) and, if `keep`, the states before each chunk (c, b, s, n, e/s)."""
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     q = max(1, min(chunk_size, l))
     most_rows, most, k, s = _tiling(x.shape, g, q, x.device, n_parallel)
@@ -904,7 +904,7 @@ class Linear(nn.Linear):
         if not 0 < count <= 16 or torch.is_grad_enabled():
             return super().forward(x)
         if count == 1 and x.is_cpu and x.dtype == torch.float32:  # a batch of blocks of rows: all threads read
-            blocks = self.weight.unflatten(0, (math.gcd(self.out_features, 16), -1))
+            blocks = self.weight.unflatten(0, (math.gcd(len(self.weight), 16), -1))
             y = torch.bmm(blocks, x.reshape(1, -1).mT.expand(len(blocks), -1, -1)).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         if self.bias is not None:  # it would be rounded twice below
@@ -1016,7 +1016,10 @@ class Mamba2Mixer(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """norm(y * SiLU(z)) * weight over each group of channels (section 7): (..., e) to the same shape."""
+    """norm(y * SiLU(z)) * weight over each group of channels (section 7): (..., e) to the same shape.
+
+    Without gradients y is overwritten.
+    """
 
     def __init__(self, width: int, ngroups: int, eps: float) -> None:
         super().__init__()

@@ -2576,6 +2576,21 @@ def forward_and_backward(layer, x):
     return work
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, 48, 80])
+def test_linear_is_that_of_torch_for_few_vectors_and_many(file, rows, bias, dtype):
+    torch.manual_seed(0)
+    layer = file.module.Linear(20, rows, bias=bias).to(dtype)
+    for shape in [(20,), (1, 20), (1, 1, 20), (2, 20), (3, 5, 20), (16, 20), (17, 20), (0, 20), (2, 0, 20)]:
+        x = torch.randn(shape).to(dtype)
+        got, parameters = layer(x), [p.double() for p in layer.parameters()]
+        wanted, size = F.linear(x.double(), *parameters), F.linear(x.double().abs(), *map(torch.abs, parameters))
+        assert got.shape == wanted.shape and got.dtype == dtype
+        assert ((got - wanted).abs() <= 2 * torch.finfo(dtype).eps * size).all()
+
+
 @pytest.mark.slow
 def test_forward_is_near_the_limit_and_ahead_of_transformers(file, two_threads):
     torch.manual_seed(0)
