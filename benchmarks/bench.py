@@ -1,7 +1,7 @@
 """Time mamba.py and mamba2.py beside other implementations and beside what the machine allows, in one run.
 
     pip install ".[benchmark]"                                      # mambapy and minimamba
-    python benchmarks/bench.py                                      # all of it, under 20 minutes on two cores
+    python benchmarks/bench.py                                      # all of it, 20 to 25 minutes on two cores
     python benchmarks/bench.py --quick                              # small sizes and few runs, 2 to 3 minutes
     python benchmarks/bench.py --only forward decoding              # some sections
     python benchmarks/bench.py --device cuda
