@@ -12,7 +12,7 @@ the paper: 2 layers of width 64 (Mamba: state 16), Adam without weight decay, le
 256. Not as there:
 - The steps are few, and the learning rate falls in the second half of them.
 - A batch is of length 16, 32, 64, 128 or 256, drawn at random: learning starts sooner, and a step costs less.
-- dt starts between 1e-10 and 1e-8, not 1e-3 and 1e-1: a state then lasts for a million steps unless the input says
+- dt starts between 1e-12 and 1e-10, not 1e-3 and 1e-1: a state then lasts for millions of steps unless the input says
   otherwise. The gradients of so small a dt are small too, hence Adam's eps of 1e-14.
 - Every --eval-every steps the model is tested at length 2^16. The weights with the smallest loss there are kept.
 
@@ -43,7 +43,7 @@ import mamba2
 VOCABULARY = 16
 SPECIAL = 15  # the ordinary symbols are 0 to 14
 TRAIN_LENGTHS, VALIDATION_LENGTH, BATCH = (16, 32, 64, 128, 256), 2**16, 8
-DT = {"dt_min": 1e-10, "dt_max": 1e-8, "dt_init_floor": 1e-10}  # a step this small lets a state live for 10^6 steps
+DT = {"dt_min": 1e-12, "dt_max": 1e-10, "dt_init_floor": 1e-12}  # steps this small let a state live for 10^7 of them
 PIECE = 4096  # tokens, of all rows together, that are made and read at once
 VALIDATION_SEED, TEST_SEED = 10**9 + 1, 10**9 + 2  # sequences that no training sees
 FRESH = ("out", "resume", "evaluate", "max_length", "plot", "device")  # options that a resumed run takes anew
