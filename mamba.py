@@ -757,6 +757,9 @@ def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None
     return F.silu(y if bias is None else y + bias).to(x.dtype), conv_state
 
 
+HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # bool() is False
+
+
 class Linear(nn.Linear):
     """nn.Linear; the few vectors of a decoding step are multiplied in the ways in which CPUs read weights fastest."""
 
@@ -770,7 +773,9 @@ class Linear(nn.Linear):
             return y if self.bias is None else y + self.bias
         if self.bias is not None:  # it would be rounded twice below
             return super().forward(x)
-        columns = x.reshape(-1) if count == 1 else x.reshape(count, -1).mT  # (i,) or (i, count)
+        # a product with a vector is torch.mv, which CPUs without AMX run slower than that with a matrix of one column
+        flat = count == 1 and (HAS_AMX or not x.is_cpu or torch.compiler.is_compiling())
+        columns = x.reshape(-1) if flat else x.reshape(count, -1).mT  # (i,) or (i, count)
         return (self.weight @ columns).view(-1, count).mT.reshape(*x.shape[:-1], -1)
 
 
