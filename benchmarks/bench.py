@@ -46,9 +46,13 @@ import mamba2
 SECTIONS = ("forward", "training", "memory", "decoding", "prefill")
 D_MODEL = 768
 CHUNKS = (64, 128, 256)  # of SSD; each peer that has a chunk size is timed at its best of these
+RUNS = 15  # of a work, at most; the figure is their median
 BUDGET = 4.0  # seconds: a work is not run again once its counted runs took longer
 SLOW = 10.0  # seconds: the first run of a work that takes longer counts, and is its only one
 LIMIT = 60.0  # seconds: a work that is expected to take longer is left out
+FEW = 5  # a figure of fewer runs says how many they were
+SHORT = 2**10  # tokens of the prompts that long ones are compared with
+PIECE = 2**13  # tokens of the longest prompt that peers read, and of a piece of longer ones
 MINIMAL_FILES = {"mamba-minimal": "model.py", "mamba2-minimal": "mamba2.py"}
 
 FAMILIES = {
@@ -306,15 +310,15 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def measure(self, works: dict[Any, Callable[[], Any]]) -> dict[Any, Result]:
+    def measure(self, works: dict[Any, Callable[[], Any]], budget: float = BUDGET) -> dict[Any, Result]:
         """The works take turns; the first turn warms up and does not count. Works that raise get words instead."""
         times, failed = {key: [] for key in works}, {}
         for turn in range(1 + self.options.runs):
             for key, work in works.items():
                 done = times[key]
-                if key in failed or (turn and (done[0] > SLOW or sum(done[1:]) > BUDGET)):
+                if key in failed or (turn and (done[0] > SLOW or sum(done[1:]) > budget)):
                     continue
-                self.bar.set_postfix_str(" ".join(map(str, key)) if isinstance(key, tuple) else key)
+                self.bar.set_postfix_str(" ".join(map(str, key)) if isinstance(key, tuple) else str(key))
                 try:
                     done.append(self.seconds(work))
                 except Exception as error:
@@ -393,7 +397,7 @@ def figure(x: float) -> str:
 
 
 def cell(result: Result | None, runs: int, scale: float = 1e3) -> str:
-    """A time, with the chunk size and with the number of runs where that is smaller than usual."""
+    """A time, with the chunk size and with the number of runs where they were few and not all of those asked for."""
     if result is None:
         return ""
     if result.words:
@@ -401,7 +405,7 @@ def cell(result: Result | None, runs: int, scale: float = 1e3) -> str:
     text = figure(result.seconds * scale)
     if result.chunk:
         text += f", q {result.chunk}"
-    return text if result.runs == runs else f"{text} (x{result.runs})"
+    return text if result.runs >= min(runs, FEW) else f"{text} (x{result.runs})"
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -802,27 +806,60 @@ def reading(
 
 def prefill(bench: Bench) -> str:
     """Time for each token of a prompt, from short ones to long ones, in two layers with a vocabulary of 256."""
-    lengths = [1024, 4096] if bench.options.quick else [2**10, 2**12, 2**13, 2**15, 2**17, 2**18]
+    lengths = [SHORT, 2**12] if bench.options.quick else [SHORT, 2**12, PIECE]
+    beyond = [2**14] if bench.options.quick else [2**15, 2**17, 2**18]
     tables = []
     for family in FAMILIES.values():
         bench.bar.set_description(f"prefill, {family.title}")
         peers = bench.peers_of(family)
+        ours = our_model(family, bench.device, torch.float32, n_layer=2, vocab_size=256)
+        ids = torch.randint(256, (1, beyond[-1]), device=bench.device)
         with torch.no_grad():
-            works, chunks = prefill_works(bench, family, peers, lengths)
+            works, chunks = prefill_works(bench, family, peers, ours, ids, lengths)
             results = bench.measure(works)
-        for (name, l), result in results.items():
-            result.chunk = chunks.get((name, l))
-            result.seconds /= l
-        tables.append(prefill_table(family, lengths, results, peers, bench.options.runs))
+            for (name, l), result in results.items():
+                result.chunk = chunks.get((name, l))
+                result.seconds /= l
+            same = {l: repeated(works["ours", l], lengths[-1] // l) for l in lengths}  # as many tokens in each
+            alone = bench.measure(same, 3 * BUDGET)
+            shares = {l: alone[l].seconds / alone[SHORT].seconds for l in lengths}
+            for l, (mine, short) in long_prompt(bench, ours, ids, beyond).items():
+                results["ours", l], shares[l] = Result(mine / l, 1), mine / short
+        tables.append(prefill_table(family, shares, results, peers, bench.options.runs))
     return section(bench, "Long prompts, two layers: microseconds for each token", tables)
 
 
+def repeated(work: Callable[[], Any], times: int) -> Callable[[], None]:
+    def run_all() -> None:
+        for _ in range(times):
+            work()
+
+    return run_all
+
+
+def long_prompt(bench: Bench, model: nn.Module, ids: Tensor, lengths: list[int]) -> dict[int, tuple[float, float]]:
+    """Seconds of a prompt (1, l) up to some lengths, and those of as many tokens in prompts of SHORT tokens.
+
+    The short prompts take turns with pieces of the long one, which is read in segments as generate reads it.
+    """
+    cache, found, mine, short = SimpleNamespace(key_value_memory_dict={}), {}, 0.0, 0.0
+
+    def read(piece: Tensor) -> None:
+        for segment in piece.split(mamba.PROMPT_SEGMENT, dim=1):
+            model(segment, cache, num_last_tokens=1)
+
+    for end in range(PIECE, ids.shape[1] + 1, PIECE):
+        mine += bench.seconds(functools.partial(read, ids[:, end - PIECE : end]))
+        short += bench.seconds(lambda: greedy(model)(ids[:, :SHORT], 1)) * PIECE / SHORT
+        if end in lengths:
+            found[end] = mine, short
+    return found
+
+
 def prefill_works(
-    bench: Bench, family: SimpleNamespace, peers: list[Peer], lengths: list[int]
+    bench: Bench, family: SimpleNamespace, peers: list[Peer], ours: nn.Module, ids: Tensor, lengths: list[int]
 ) -> tuple[dict[tuple[str, int], Callable[[], Any]], dict[tuple[str, int], int | None]]:
-    """The works by name and length, peers up to 8192 tokens, and the chunk sizes of those that have one."""
-    ours = our_model(family, bench.device, torch.float32, n_layer=2, vocab_size=256)
-    ids = torch.randint(256, (1, lengths[-1]), device=bench.device)
+    """The works by name and length, and the chunk sizes of those that have one."""
     works, chunks = {("ours", l): lambda l=l: greedy(ours)(ids[:, :l], 1) for l in lengths}, {}
     for peer in peers:
         model = their_model(peer, ours)
@@ -833,35 +870,35 @@ def prefill_works(
             peer.read(model, ids[:, :l])
 
         for l in lengths:
-            if l <= 2**13 and bench.fits(family, l):
+            if bench.fits(family, l):
                 chunk = bench.best_chunk(peer, model, functools.partial(read, l))
                 works[peer.name, l], chunks[peer.name, l] = functools.partial(read, l, chunk), chunk
     return works, chunks
 
 
 def prefill_table(
-    family: SimpleNamespace, lengths: list[int], results: dict[tuple, Result], peers: list[Peer], runs: int
+    family: SimpleNamespace, shares: dict[int, float], results: dict[tuple, Result], peers: list[Peer], runs: int
 ) -> str:
     rows, names = [], [peer.name for peer in peers]
-    for l in lengths:
+    for l, share in shares.items():
         here = {name: result for (name, length), result in results.items() if length == l}
         cells = [cell(here.get(name), runs, 1e6) for name in ("ours", *names)]
-        rows.append([f"{l:,}", *cells, against_fastest(here, names)])
-    times = [results["ours", l].seconds for l in lengths]
-    columns = [f"{family.title}, tokens", "ours", *names, "fastest peer / ours"]
-    flat = f"{family.title}, ours: slowest / fastest length = **{max(times) / min(times):.2f}**"
-    return table(columns, rows) + f"\n\n{flat}; {lengths[-1]:,} / {lengths[0]:,} tokens = {times[-1] / times[0]:.2f}."
+        rows.append([f"{l:,}", *cells, against_fastest(here, names), f"{share:.2f}"])
+    columns = [f"{family.title}, tokens", "ours", *names, "fastest peer / ours", f"ours, to {SHORT:,} tokens"]
+    flat = max(shares.values()) / min(shares.values())
+    return table(columns, rows) + f"\n\n{family.title}, ours: largest / smallest of the last column = **{flat:.2f}**."
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The page
 # ----------------------------------------------------------------------------------------------------------------------
 
-HOW_TO_READ = """\
+HOW_TO_READ = f"""\
 Compare the ratios. The times belong to this machine and this hour. The works of a table took turns in one process; a
-figure is the median of {runs} runs after one that warmed up, or of fewer, where (x2) says so. (x1) beside more than
-{slow:.0f} seconds is a first run. What is expected to take longer than a minute is left out. Layers have d_model 768,
-batch 1 and the same weights everywhere; forward runs without gradients.
+figure is the median of up to {RUNS} runs (with --quick, 2), as many as fit into {BUDGET:.0f} seconds, after one that
+warmed up; (x2) beside it says that there were only 2, and likewise below {FEW}. (x1) beside more than {SLOW:.0f}
+seconds is a first run. What is expected to take longer than a minute is left out. Layers have d_model {D_MODEL}, batch
+1 and the same weights everywhere; forward runs without gradients.
 
 - **limit**, for a layer: its matrix products (in_proj, x_proj, dt_proj, out_proj) as F.linear, and their backward where
   the table has one. The products inside the scan or SSD do not count. For a generated token: the bytes of the weights
@@ -871,6 +908,8 @@ batch 1 and the same weights everywhere; forward runs without gradients.
   much of the bandwidth is used, for ours and where there is one for ours compiled.
 - **q** is the chunk size of SSD, the best of 64, 128 and 256 for each peer and work. Ours keeps its default.
 - **transformers** runs its plain PyTorch path; Mamba-1 has a second one with use_mambapy.
+- **ours, to {SHORT:,} tokens**: a token's time in a long prompt to that in prompts of {SHORT:,} tokens, in turns
+  without the peers. All lengths above {PIECE:,} are of one long prompt, read once, with short ones between its pieces.
 """
 
 
@@ -890,7 +929,7 @@ def describe(bench: Bench, missing: list[str]) -> str:
     lines.append(f"- command: `python benchmarks/bench.py{command_line(options)}`")
     if missing:
         lines.append(f"- not installed, left out: {', '.join(missing)}")
-    return "\n".join(lines) + "\n\n" + HOW_TO_READ.format(runs=options.runs, slow=SLOW)
+    return "\n".join(lines) + "\n\n" + HOW_TO_READ
 
 
 def processor() -> str:
@@ -942,7 +981,7 @@ def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, help="file for the results (default: see above)")
     add("--peak", nargs=3, help=argparse.SUPPRESS)  # of the children that measure memory
     options = parser.parse_args(argv)
-    options.runs = 2 if options.quick else 7
+    options.runs = 2 if options.quick else RUNS
     options.default_lengths = [256] if options.quick else [512, 2048, 8192]
     options.memory_length = 256 if options.quick else 2048
     options.lengths = options.lengths or options.default_lengths
@@ -987,7 +1026,7 @@ def run(options: argparse.Namespace) -> None:
     }
     batches = 1 if options.quick else 2
     steps = dict(forward=2 * len(options.lengths), training=2 * len(options.lengths), memory=2)
-    steps |= dict(decoding=4 * (1 + 2 * batches), prefill=2)
+    steps |= dict(decoding=4 * (1 + 2 * batches), prefill=4)
     only = [name for name in SECTIONS if name in options.only]
     if options.device == "cpu" and "memory" in only and not Path("/proc/self/clear_refs").exists():
         only.remove("memory")
