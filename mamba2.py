@@ -41,6 +41,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -240,13 +241,13 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_range(value: Any) -> bool:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return False
-    return all(map(_is_number, value)) and 0 <= value[0] <= value[1]
+    return all(_is_number(v) or v == math.inf for v in value) and 0 <= value[0] <= value[1]
 
 
 def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,7 +306,8 @@ class InferenceParams:
     """The state of every layer after the tokens read so far: all that generation has to remember.
 
     `key_value_memory_dict[layer] = (conv_state, ssm_state)`; an empty dict is the start of a sequence. Models take any
-    object with that dict. `seqlen_offset` counts the tokens read, for information.
+    object with that dict. States are written in place: repeat them for more rows, don't expand them. `seqlen_offset`
+    counts the tokens read, padding included, for information.
     """
 
     key_value_memory_dict: States = field(default_factory=dict)
@@ -315,6 +317,8 @@ class InferenceParams:
         """Forget everything: the next call starts a new sequence."""
         self.key_value_memory_dict.clear()
         self.seqlen_offset = 0
+
+    reset_cache = reset  # MiniMamba's name
 
     def clone(self) -> "InferenceParams":
         """A copy with its own states: continue one prefix in several ways."""
@@ -356,7 +360,7 @@ def _check_states(states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-_NAMESPACE = __name__.replace(".", "_")  # of the operators below: each copy of this file has its own
+_NAMESPACE = re.sub(r"^(?=\d)|\W", "_", __name__, flags=re.ASCII)  # of the operators: each copy of the file has its own
 
 
 def _full_precision(function: Callable) -> Callable:
@@ -1154,6 +1158,7 @@ class Mamba2Encoder(Mamba2PreTrained):
             left, lengths = _padding(attention_mask, x.shape[:2])
         if left is not None:
             x = _roll(x, left)  # the real tokens first, so that only padding on the right remains
+            x = x.masked_fill((torch.arange(x.shape[1], device=x.device) >= lengths[:, None])[..., None], 0)
         cache = None if inference_params is None else InferenceParams(self._states(inference_params))
         # A block can't be recomputed from a cache, which holds its new states by then.
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
@@ -1164,6 +1169,7 @@ class Mamba2Encoder(Mamba2PreTrained):
             _commit(cache.key_value_memory_dict, inference_params, x.shape[1])
         return x if left is None else _roll(x, -left)
 
+    @torch.no_grad()
     def step(self, x: Tensor, inference_params: Any) -> Tensor:
         """One vector of each sequence, (b, d_model) to the same shape, after those that the states have seen."""
         states = self._states(inference_params) or self.new_states(x.shape[0])
@@ -1190,6 +1196,8 @@ def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, 
     if attention_mask.shape != shape:
         raise ValueError(f"attention_mask must have shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
     real = attention_mask.bool()
+    if torch.compiler.is_compiling():  # values are out of reach
+        return real.int().argmax(1), real.sum(1)
     if not torch.equal(real.to(attention_mask.dtype), attention_mask):
         raise ValueError("attention_mask must hold 0 and 1 only")
     if real.all():
@@ -1211,6 +1219,8 @@ def _commit(new: States, inference_params: Any, n_tokens: int) -> None:
     """Write the new states of all layers over the old ones, in place."""
     old = inference_params.key_value_memory_dict
     for layer_idx, states in new.items():
+        if any(state.is_inference() for state in old.get(layer_idx, ())) and not torch.is_inference_mode_enabled():
+            old[layer_idx] = states  # those of inference mode can't be written to outside of it
         for target, state in zip(old.setdefault(layer_idx, states), states, strict=True):
             if target is not state:
                 target.copy_(state)
@@ -1246,7 +1256,7 @@ class Mamba2Model(Mamba2Encoder):
 
 def _check_ids(name: str, ids: Tensor, size: int) -> None:
     """Raise ValueError unless all ids are in [0, size); not in compiled code, where values are out of reach."""
-    if torch.compiler.is_compiling() or not ids.numel():
+    if torch.compiler.is_compiling() or ids.is_meta or not ids.numel():
         return
     low, high = (bound.item() for bound in torch.aminmax(ids))
     if low < 0 or high >= size:
@@ -1389,8 +1399,10 @@ class Mamba2ForSequenceClassification(Mamba2PreTrained):
         self.reset_classifier()
 
     def reset_classifier(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        """A new classifier, as at the start of training."""
-        self.classifier = nn.Linear(self.config.d_model, self.config.num_labels, device=device, dtype=dtype)
+        """A new classifier, as at the start of training, for config.num_labels; by default where the backbone is."""
+        norm = self.backbone.norm_f.weight
+        where = {"device": device or norm.device, "dtype": dtype or norm.dtype}
+        self.classifier = nn.Linear(self.config.d_model, self.config.num_labels, **where)
         nn.init.normal_(self.classifier.weight, std=self.config.initializer_range)
         nn.init.zeros_(self.classifier.bias)
 
@@ -1499,24 +1511,35 @@ def _stored_tensors(name: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
         if (path := _checkpoint_file(name, filename)) is None:
             raise OSError(f"can't load {str(name)!r}: its index names {filename}, which is missing")
         if filename.endswith(".safetensors"):
-            from safetensors import safe_open
+            from safetensors import SafetensorError, safe_open
 
-            with safe_open(path, "pt") as file:
+            try:
+                file = safe_open(path, "pt")
+            except SafetensorError as error:
+                raise OSError(f"can't load {str(name)!r}: {filename}: {error}") from None
+            with file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     yield key, file.get_tensor(key)
         else:
             yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
 
 
+HEADS = ("lm_head.", "classifier.")  # names of tensors that are not in the backbone begin so
+
+
 def _load_weights(model: Mamba2PreTrained, name: str | os.PathLike, device: Any, dtype: torch.dtype | None) -> None:
     """Give a model on the meta device the weights of a checkpoint, converted one at a time."""
     wanted = dict(model.named_parameters())
-    prefix = "" if hasattr(model, "backbone") else "backbone."
+    inside = hasattr(model, "backbone")
     found, unexpected, misshapen = set(), [], []
     for key, tensor in _stored_tensors(name):
-        key = key.replace("backbone.embedding.", "backbone.embeddings.").removeprefix(prefix)
-        if key == "lm_head.weight" and key not in wanted:
-            continue  # tied to the embedding, or a model without a head
+        key = key.replace("backbone.embedding.", "backbone.embeddings.")
+        if not inside:
+            key = key.removeprefix("backbone.")
+        elif f"backbone.{key}" in wanted:  # the checkpoint of a model without a head
+            key = f"backbone.{key}"
+        if key.startswith(HEADS) and key not in wanted:
+            continue  # tied to the embedding, or a head that this model lacks
         if key not in wanted:
             unexpected.append(key)
             continue
@@ -1527,7 +1550,7 @@ def _load_weights(model: Mamba2PreTrained, name: str | os.PathLike, device: Any,
             misshapen.append(f"{key} {tuple(tensor.shape)} for {tuple(wanted[key].shape)}")
     new = {"classifier.weight", "classifier.bias"} & wanted.keys()
     if new and not new & found:  # a language model's checkpoint
-        model.reset_classifier(device, dtype or model.backbone.norm_f.weight.dtype)
+        model.reset_classifier(device, dtype)
         found |= new
     missing = sorted(wanted.keys() - found)
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
@@ -1573,7 +1596,7 @@ def _save(model: Mamba2PreTrained, directory: Path) -> None:
 
 def _swap(directory: Path, new: Path, old: Path) -> None:
     """Move a directory's checkpoint to `old` and the one in `new` to its place; after an error all is as it was."""
-    patterns = ("config.json", "model*.safetensors*", "pytorch_model*.bin*")
+    patterns = ("config.json", *WEIGHT_FILES, "model-?????-of-?????.safetensors", "pytorch_model-?????-of-?????.bin")
     outdated = [path.name for pattern in patterns for path in directory.glob(pattern)]
     moved = []
     try:
@@ -1735,12 +1758,18 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     types = ["auto", "float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", choices=types, default="auto", help="auto: float32 on a CPU, else the stored type")
     arguments = parser.parse_args(argv)
-    if arguments.prompt is None and not sys.stdin.isatty():
-        arguments.prompt = sys.stdin.read()
+    try:
+        if arguments.prompt is None and not sys.stdin.isatty():
+            arguments.prompt = sys.stdin.read()
+        (arguments.prompt or "").encode()
+    except UnicodeError:
+        parser.error("the prompt must be UTF-8 text")
     if not arguments.prompt:
         parser.error("no prompt: give one as an argument or on standard input")
     if arguments.model == str(DEFAULT_CHECKPOINT) and not DEFAULT_CHECKPOINT.is_dir():
         parser.error(f"no checkpoint in {DEFAULT_CHECKPOINT}: give --model, a directory or a name on the model hub")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**64:
+        parser.error(f"--seed must be in [0, 2^64), got {arguments.seed}")
     devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if arguments.device == "auto":
         arguments.device = next(device for device, available in devices.items() if available)
@@ -1802,6 +1831,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(arguments)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of the output, `head` say, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (OSError, ValueError, RuntimeError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
