@@ -1065,8 +1065,9 @@ def _roll(x: Tensor, by: Tensor) -> Tensor:
 def _commit(new: States, inference_params: Any, n_tokens: int) -> None:
     """Write the new states of all layers over the old ones, in place."""
     old = inference_params.key_value_memory_dict
+    outside = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
     for layer_idx, states in new.items():
-        if any(state.is_inference() for state in old.get(layer_idx, ())) and not torch.is_inference_mode_enabled():
+        if outside and any(state.is_inference() for state in old.get(layer_idx, ())):
             old[layer_idx] = states  # those of inference mode can't be written to outside of it
         for target, state in zip(old.setdefault(layer_idx, states), states, strict=True):
             if target is not state:

@@ -14,6 +14,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -2081,6 +2082,66 @@ def test_advance_is_step_without_side_effects(file):
     assert torch.equal(logits, model.step(ids, params))
     for layer, pair in params.key_value_memory_dict.items():
         assert all(map(torch.equal, pair, states[layer]))
+
+
+def a_tiny_model(file):
+    torch.manual_seed(0)
+    return file.LM(file.Config(d_model=32, n_layer=2, vocab_size=VOCAB, **file.tiny)).eval(), random_ids(2, 11)
+
+
+@torch.no_grad()
+def test_forward_compiles_whole_with_a_filled_cache_and_with_a_mask(file):
+    torch._dynamo.reset()
+    model, ids = a_tiny_model(file)
+    compiled, params = torch.compile(model, backend="aot_eager", fullgraph=True), file.module.InferenceParams()
+    pieces = [compiled(ids[:, :6], params), compiled(ids[:, 6:], params)]
+    assert error(torch.cat(pieces, dim=1), model(ids)) < 1e-5
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    got, expected = (run(ids, attention_mask=mask)[mask.bool()] for run in (compiled, model))
+    assert error(got, expected) < 1e-5
+
+
+def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it(file):
+    model, ids = a_tiny_model(file)
+    params = file.module.InferenceParams()
+    with torch.inference_mode():
+        model(ids[:, :10], params)
+    logits = model.step(ids[:, 10], params)
+    with torch.no_grad():
+        assert error(logits, model(ids)[:, -1]) < 1e-5
+
+
+def test_steps_of_the_encoder_leave_no_graph_in_the_cache(file):
+    model, _ = a_tiny_model(file)
+    params = file.module.InferenceParams()
+    assert not model.backbone.step(torch.randn(2, 32), params).requires_grad
+    assert not any(state.requires_grad for pair in params.key_value_memory_dict.values() for state in pair)
+
+
+def test_nan_in_padded_vectors_stays_out_of_the_state(file):
+    model, _ = a_tiny_model(file)
+    x, mask, params = torch.randn(2, 11, 32), torch.ones(2, 11, dtype=torch.long), file.module.InferenceParams()
+    mask[0, :4] = mask[1, 9:] = 0
+    x[mask == 0] = math.nan
+    with torch.no_grad():
+        y = model.backbone(x, params, attention_mask=mask)
+    assert y[mask.bool()].isfinite().all()
+    assert all(state.isfinite().all() for pair in params.key_value_memory_dict.values() for state in pair)
+
+
+def test_saving_keeps_the_other_weight_files_of_a_directory(file, tmp_path):
+    model, _ = a_tiny_model(file)
+    others = ["model_ema.safetensors", "model-epoch3.safetensors", "pytorch_model_best.bin"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    model.save_pretrained(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == sorted([*others, "config.json", "model.safetensors"])
+
+
+def test_the_scan_counts_its_segments_without_making_them():
+    for l, t, w in itertools.product((0, 1, 5, 16, 63, 64, 100), (1, 4, 7, 16, 64), (1, 2, 3, 9)):
+        assert mamba._n_segments(l, t, w) == len(mamba._segments(l, t, w))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
