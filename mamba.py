@@ -5,7 +5,8 @@ Albert Gu and Tri Dao, "Mamba: Linear-Time Sequence Modeling with Selective Stat
 projections B and C depend on the current input, so the model selects what to keep in h and what to forget. Training
 reads a whole sequence in linear time; generation keeps only h and the last few inputs, however long the text is.
 
-Copy this file into your project; it needs torch and einops (and transformers to load or save checkpoints):
+Copy this file into your project; it needs torch and einops (and to load or save checkpoints safetensors and
+huggingface_hub, which come with transformers):
 
     model = MambaForCausalLM.from_pretrained("state-spaces/mamba-130m-hf")    # or a directory
     ids = model.generate(input_ids, max_new_tokens=50)                        # (b, l) -> (b, l + 50)
@@ -1195,9 +1196,10 @@ class MambaForCausalLM(MambaPreTrained):
         """Continue prompts (b, l): ids (b, l + new), new <= max_new_tokens.
 
         temperature 0 takes the likeliest token; else one is drawn from softmax(logits / temperature), of the `top_k`
-        likeliest tokens and then of the fewest likeliest ones that hold `top_p` of the probability. A row that drew an
-        id of eos_token_id is filled up with it; the result is shorter when all rows did. attention_mask (b, l): padded
-        prompts. use_cache=False reads the whole text anew for every token: the same ids, slowly.
+        likeliest tokens and then of the fewest likeliest ones that hold `top_p` of the probability. A row that drew
+        an id of eos_token_id is filled up with the first of them; the result is shorter when all rows did.
+        attention_mask (b, l): padded prompts. use_cache=False reads the whole text anew for every token: the same ids,
+        slowly.
         """
         settings = (max_new_tokens, temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator)
         tokens = list(_generate(self, input_ids, *settings))
@@ -1374,7 +1376,7 @@ def _stored_tensors(name: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
             yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
 
 
-HEADS = ("lm_head.", "classifier.")  # names of tensors that are not in the backbone begin so
+HEADS = {"lm_head.weight", "classifier.weight", "classifier.bias"}
 
 
 def _load_weights(model: MambaPreTrained, name: str | os.PathLike, device: Any, dtype: torch.dtype | None) -> None:
@@ -1388,7 +1390,7 @@ def _load_weights(model: MambaPreTrained, name: str | os.PathLike, device: Any, 
             key = key.removeprefix("backbone.")
         elif f"backbone.{key}" in wanted:  # the checkpoint of a model without a head
             key = f"backbone.{key}"
-        if key.startswith(HEADS) and key not in wanted:
+        if key in HEADS - wanted.keys():
             continue  # tied to the embedding, or a head that this model lacks
         if key not in wanted:
             unexpected.append(key)

@@ -6,7 +6,8 @@ state, where Mamba has one per channel and state entry. The sequence map then is
 into matrix products: within chunks of the sequence the attention form, across chunks the recurrence. Heads are wide and
 states are large; generation keeps only the state and the last few inputs, however long the text is.
 
-Copy this file into your project; it needs torch and einops (and transformers to load or save checkpoints):
+Copy this file into your project; it needs torch and einops (and to load or save checkpoints safetensors and
+huggingface_hub, which come with transformers):
 
     model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")     # or a directory
     ids = model.generate(input_ids, max_new_tokens=50)                        # (b, l) -> (b, l + 50)
@@ -27,8 +28,8 @@ Glossary
     state       H       (b, h, p, n)            its state (`ssm_state` in the cache)
     dt          Delta   (b, l, h)               step size; large: take the input in, small: keep the state
     A           A       (h,)                    decay rate, negative; the parameter is A_log = log(-A)
-    a           log a   (b, c, h, q)            dt * A, the logarithm of a step's decay
-    L           L       (b, c, h, q, q)         mask of the attention form: the decay from step j to step i
+    a           log a   (c, b, h, q)            dt * A, the logarithm of a step's decay
+    L           L       (c, b, h, q, q)         mask of the attention form: the decay from step j to step i
     B, C        B, C    (b, l, g, n)            input and output projections of the state: the attention's keys, queries
     D           D       (h,)                    skip connection
     z                   (b, l, e)               gate
@@ -533,7 +534,7 @@ def _decay_products_(L: Tensor, a: Tensor) -> None:
         row = pairs[..., 0, -1, 0, :, :]  # (..., half, s)
         torch.mul(column[..., :, None, :], row[..., None, :, :], out=pairs[..., 1, :, 0, :, :])
         half *= 2
-    F.threshold_(L, torch.finfo(L.dtype).tiny ** 0.75, 0)  # 2e-29: CPUs are slow with numbers below the normal range
+    F.threshold_(L, torch.finfo(L.dtype).tiny ** 0.75, 0)  # 4e-29: CPUs are slow with numbers below the normal range
 
 
 def _load(
@@ -1348,9 +1349,10 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         """Continue prompts (b, l): ids (b, l + new), new <= max_new_tokens.
 
         temperature 0 takes the likeliest token; else one is drawn from softmax(logits / temperature), of the `top_k`
-        likeliest tokens and then of the fewest likeliest ones that hold `top_p` of the probability. A row that drew an
-        id of eos_token_id is filled up with it; the result is shorter when all rows did. attention_mask (b, l): padded
-        prompts. use_cache=False reads the whole text anew for every token: the same ids, slowly.
+        likeliest tokens and then of the fewest likeliest ones that hold `top_p` of the probability. A row that drew
+        an id of eos_token_id is filled up with the first of them; the result is shorter when all rows did.
+        attention_mask (b, l): padded prompts. use_cache=False reads the whole text anew for every token: the same ids,
+        slowly.
         """
         settings = (max_new_tokens, temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator)
         tokens = list(_generate(self, input_ids, *settings))
@@ -1525,7 +1527,7 @@ def _stored_tensors(name: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
             yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
 
 
-HEADS = ("lm_head.", "classifier.")  # names of tensors that are not in the backbone begin so
+HEADS = {"lm_head.weight", "classifier.weight", "classifier.bias"}
 
 
 def _load_weights(model: Mamba2PreTrained, name: str | os.PathLike, device: Any, dtype: torch.dtype | None) -> None:
@@ -1539,7 +1541,7 @@ def _load_weights(model: Mamba2PreTrained, name: str | os.PathLike, device: Any,
             key = key.removeprefix("backbone.")
         elif f"backbone.{key}" in wanted:  # the checkpoint of a model without a head
             key = f"backbone.{key}"
-        if key.startswith(HEADS) and key not in wanted:
+        if key in HEADS - wanted.keys():
             continue  # tied to the embedding, or a head that this model lacks
         if key not in wanted:
             unexpected.append(key)

@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from nbclient import NotebookClient
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -2144,6 +2145,65 @@ def test_the_scan_counts_its_segments_without_making_them():
         assert mamba._n_segments(l, t, w) == len(mamba._segments(l, t, w))
 
 
+def test_training_at_changing_lengths_compiles_a_few_graphs(file):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model, _ = a_tiny_model(file)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for length in (12, 33, 64, 100, 129, 200, 300, 500, 777, 1000):
+        ids = random_ids(2, length)
+        assert error(compiled(ids, labels=ids)["loss"], model(ids, labels=ids)["loss"]) < 1e-5
+    assert counter.frame_count <= 5
+
+
+def test_the_backbone_s_checkpoint_loads_into_the_models_with_a_head(file, tmp_path):
+    model, ids = a_tiny_model(file)
+    model.backbone.save_pretrained(str(tmp_path / "backbone"))
+    loaded = file.LM.from_pretrained(str(tmp_path / "backbone"))
+    assert torch.equal(loaded(ids), model(ids))
+    classifier(file).save_pretrained(str(tmp_path / "classifier"))
+    stored = file.LM.from_pretrained(str(tmp_path / "classifier"))  # its head is left out
+    assert set(stored.state_dict()) == set(model.state_dict())
+
+
+def test_a_tensor_that_only_looks_like_a_head_s_is_an_error(file, tmp_path):
+    model, _ = a_tiny_model(file)
+    model.save_pretrained(str(tmp_path))
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    safetensors.torch.save_file(tensors | {"lm_head.bias": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unexpected: lm_head\.bias"):
+        file.LM.from_pretrained(str(tmp_path))
+
+
+def test_a_new_classifier_is_of_the_backbone_s_type(file):
+    model = classifier(file).to(torch.bfloat16)
+    model.config.num_labels = 7
+    model.reset_classifier()
+    assert model(random_ids(2, 5)).shape == (2, 7) and model.classifier.weight.dtype == torch.bfloat16
+
+
+def test_a_truncated_checkpoint_is_named(file, tmp_path):
+    model, _ = a_tiny_model(file)
+    model.save_pretrained(str(tmp_path))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        file.LM.from_pretrained(str(tmp_path))
+
+
+def test_the_command_line_ends_quietly_when_its_reader_leaves(file):
+    command = f"{sys.executable} {file.name}.py ROMEO: --device cpu | head -c 3; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "ROM" and "rror" not in done.stderr and done.returncode == 141
+
+
+@pytest.mark.parametrize("wrong", [["ROMEO:", "--seed", str(2**70)], [b"\xff"]], ids=["seed", "UTF-8"])
+def test_a_seed_out_of_range_and_a_prompt_of_other_bytes_are_refused_in_one_line(file, wrong):
+    command = [sys.executable, f"{file.name}.py", *wrong]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_step_gives_the_same_logits_without_compiling_again(file, backend):
     if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -3366,6 +3426,10 @@ def test_selective_copying_trains_and_resumes_to_the_same_curve(tmp_path, monkey
     done = run("examples/selective_copying.py", "--out", tmp_path / "whole", *options)
     assert done.returncode == 0, done.stderr
     assert re.search(r"(?m)^invariant +0.001 +4 ", done.stdout)
+    (tmp_path / "whole" / "other.json").write_text("{}")  # not ours
+    assert run("examples/selective_copying.py", "--out", tmp_path / "whole", *options).returncode == 0
+    done = run("examples/selective_copying.py", "--out", tmp_path / "whole", *options, "--length", 21)
+    assert done.returncode == 2 and "length 20" in done.stderr  # a curve of other options is not taken for this run's
     cut = [*options, "--out", tmp_path / "cut"]
     interrupt_after_saving_once(monkeypatch, task_script("selective_copying"), *cut)
     assert run("examples/selective_copying.py", *cut).returncode == 2  # an unfinished run is not overwritten

@@ -104,8 +104,9 @@ class InvariantMixer(MambaMixer):
         decay = dt[:, None] * -torch.exp(self.A_log)  # (e, n)
         steps = torch.arange(l, device=x.device)[:, None, None]
         kernel = (torch.exp(decay * steps) * self.C).sum(-1) * dt  # (l, e)
-        spectrum = torch.fft.rfft(u, 2 * l, dim=1) * torch.fft.rfft(kernel, 2 * l, dim=0)
-        y = torch.fft.irfft(spectrum, 2 * l, dim=1)[:, :l] + u * self.D
+        # transposed, because a transform along the last dimension reads memory in order
+        spectrum = torch.fft.rfft(u.mT.contiguous(), 2 * l) * torch.fft.rfft(kernel.mT.contiguous(), 2 * l)
+        y = torch.fft.irfft(spectrum, 2 * l)[..., :l].mT + u * self.D
         return self.out_proj(y * F.silu(z))
 
 
@@ -157,6 +158,11 @@ def train(layer: str, lr: float, args: argparse.Namespace) -> None:
     curve_path = args.out / f"{layer}-{lr:g}.json"
     state_path, state = curve_path.with_suffix(".pt"), {"step": 0, "curve": [], "seconds": 0.0}
     if curve_path.exists():
+        done = json.loads(curve_path.read_text())
+        options = ("length", "steps", "batch_size", "seed")
+        others = [f"{name} {done[name]}" for name in options if done[name] != vars(args)[name]]
+        if others and not args.resume:
+            raise ValueError(f"{curve_path} is of a run with {', '.join(others)}: choose another --out, or remove it")
         print(f"{layer}, learning rate {lr:g}: done before")
         return
     if state_path.exists():
@@ -207,7 +213,7 @@ def train(layer: str, lr: float, args: argparse.Namespace) -> None:
 
 def read_curves(directory: Path) -> list[dict]:
     """All finished runs in a directory, selective ones first, the best first."""
-    runs = [json.loads(path.read_text()) for path in directory.glob("*.json")]
+    runs = [json.loads(path.read_text()) for layer in LAYERS for path in directory.glob(f"{layer}-*.json")]
     return sorted(runs, key=lambda run: (LAYERS.index(run["layer"]), -run["curve"][-1][-1], run["lr"]))
 
 
