@@ -354,6 +354,8 @@ def _full_precision(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *args, **kwargs):
+        if x.is_meta:  # autocast knows no such device
+            return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
 
@@ -1496,7 +1498,10 @@ def _generate(
         _, lengths = _padding(attention_mask, input_ids.shape)
         if lengths is not None and not lengths.all():
             raise ValueError("attention_mask must leave at least one real token in every row")
-    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    eos = list(eos_token_id) if isinstance(eos_token_id, Sequence) else [eos_token_id]
+    eos = [] if eos_token_id is None else eos
+    if any(type(token) is not int for token in eos):
+        raise ValueError(f"eos_token_id must be None, an integer or a sequence of them, got {eos_token_id!r}")
     sampling = (temperature, top_k, top_p, generator)
     return _tokens(model, input_ids, max_new_tokens, sampling, eos, attention_mask, use_cache)
 
@@ -1563,6 +1568,7 @@ def sample(
     """Draw a token for each row of logits (b, v): ids (b,). The settings are those of `generate`."""
     if temperature == 0:
         return logits.argmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # no temperature is too small for the largest
     probs = F.softmax(filter_logits(logits / temperature, top_k, top_p), dim=-1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 

@@ -109,7 +109,9 @@ class Mamba2Config:
         self._check("'last', 'mean' or 'max'", lambda v: v in ("last", "mean", "max"), "pooling_strategy")
         self._check(f"at least dt_min ({self.dt_min})", lambda v: v >= self.dt_min, "dt_max")
         self._check("two numbers, 0 <= low <= high", _is_range, "dt_limit")
-        self._check("two numbers, 0 < low <= high", lambda v: _is_range(v) and v[0] > 0, "A_init_range")
+        self._check(
+            "two numbers, 0 < low <= high", lambda v: _is_range(v) and v[0] > 0 and v[1] < math.inf, "A_init_range"
+        )
         self.dt_limit, self.A_init_range = tuple(self.dt_limit), tuple(self.A_init_range)
         self._check(f"a divisor of expand * d_model ({self.d_inner})", lambda v: self.d_inner % v == 0, "headdim")
         self._check(f"a divisor of the number of heads ({self.nheads})", lambda v: self.nheads % v == 0, "ngroups")
@@ -369,6 +371,8 @@ def _full_precision(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *args, **kwargs):
+        if x.is_meta:  # autocast knows no such device
+            return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
 
@@ -470,6 +474,9 @@ def ssd(
     `chunk_size` change the work and not the result. The backward pass keeps the states between chunks and computes the
     rest again.
     """
+    for name, value, letters in (("x", x, "(b, l, h, p)"), ("B", B, "(b, l, g, n)")):
+        if value.ndim != 4:
+            raise ValueError(f"{name} must have shape {letters}, got {tuple(value.shape)}")
     (b, l, h, p), (g, n), dtype = x.shape, B.shape[2:], dt.dtype
     expected = {"dt": (b, l, h), "A": (h,), "B": (b, l, g, n), "C": (b, l, g, n)}
     expected |= {"initial_state": (b, h, p, n), "D": (h,)}
@@ -1647,7 +1654,10 @@ def _generate(
         _, lengths = _padding(attention_mask, input_ids.shape)
         if lengths is not None and not lengths.all():
             raise ValueError("attention_mask must leave at least one real token in every row")
-    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    eos = list(eos_token_id) if isinstance(eos_token_id, Sequence) else [eos_token_id]
+    eos = [] if eos_token_id is None else eos
+    if any(type(token) is not int for token in eos):
+        raise ValueError(f"eos_token_id must be None, an integer or a sequence of them, got {eos_token_id!r}")
     sampling = (temperature, top_k, top_p, generator)
     return _tokens(model, input_ids, max_new_tokens, sampling, eos, attention_mask, use_cache)
 
@@ -1714,6 +1724,7 @@ def sample(
     """Draw a token for each row of logits (b, v): ids (b,). The settings are those of `generate`."""
     if temperature == 0:
         return logits.argmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # no temperature is too small for the largest
     probs = F.softmax(filter_logits(logits / temperature, top_k, top_p), dim=-1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 

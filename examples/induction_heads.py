@@ -24,6 +24,8 @@ import argparse
 import json
 import math
 import os
+import pickle
+import struct
 import sys
 import time
 from collections.abc import Iterator
@@ -79,11 +81,13 @@ def read_options() -> tuple[argparse.Namespace, dict]:
     if not (args.out or args.evaluate):
         die("--out (or --evaluate) is required")
     if args.resume and not args.evaluate:
-        state = torch.load(args.out / "training_state.pt", map_location="cpu", weights_only=True)
+        state = load_state(args.out / "training_state.pt")
         vars(args).update(state["args"])
     for name in ("steps", "eval_every", "threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"plot must end with .png, .pdf or .svg, got {args.plot}")
     if args.max_length < 64:
         raise ValueError(f"max_length must be at least 64, got {args.max_length}")
     return args, state
@@ -130,6 +134,13 @@ def load(directory: Path) -> LanguageModel:
     if model.config.vocab_size != VOCABULARY:
         raise ValueError(f"{directory} knows no induction heads: vocab_size is {model.config.vocab_size}, not 16")
     return model
+
+
+def load_state(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, struct.error, pickle.UnpicklingError, RuntimeError):
+        raise ValueError(f"{path} is not a whole training state: remove it to start anew") from None
 
 
 def save_state(state: dict, args: argparse.Namespace) -> None:
@@ -226,7 +237,7 @@ def plot(results: dict[str, dict[int, float]], path: Path) -> None:
     axes.legend(loc="center right")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=120, format=path.suffix.removeprefix(".") or "png")
+    figure.savefig(beside, dpi=120, format=path.suffix.removeprefix("."))
     os.replace(beside, path)
     print(f"plot in {path}")
 
@@ -238,6 +249,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         torch.manual_seed(args.seed)
         models = {str(path): load(path).to(args.device) for path in args.evaluate or ()}
+        if args.plot:
+            args.plot.parent.mkdir(parents=True, exist_ok=True)
         if not models:
             model = build(args).to(args.device)
             args.out.mkdir(parents=True, exist_ok=True)
@@ -260,5 +273,8 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("induction_heads.py: stopped; --resume continues from the last evaluation", file=sys.stderr)
+        print(
+            "induction_heads.py: stopped; --resume continues from the last evaluation, if there was one",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None

@@ -7,7 +7,7 @@
 
 16 tokens, drawn from 15 symbols, are scattered at random places of a sequence that is noise otherwise; 16 markers
 follow, and at them the model must answer with the tokens in their order. A convolution can't: it doesn't know where the
-tokens are. Two models are compared, both of 2 layers of width 64, with the same short convolution and the same gate:
+tokens are. Two models are compared, both of 2 layers of width --d-model, with the same short convolution and gate:
 
     selective    Mamba's: step size dt, B and C are functions of the input
     invariant    dt, B and C are learned constants, each channel has its own: a time-invariant layer like S4 (S4D-Real)
@@ -24,6 +24,8 @@ import argparse
 import json
 import math
 import os
+import pickle
+import struct
 import sys
 import time
 from collections.abc import Callable
@@ -61,6 +63,7 @@ def read_options() -> argparse.Namespace:
     add("--layer", choices=LAYERS, nargs="+", default=LAYERS)
     add("--lr", type=float, nargs="+", default=(1e-3, 3e-3, 5e-3), help="learning rates, one run each")
     add("--length", type=int, default=256, help="tokens before the markers")
+    add("--d-model", type=int, default=64, help="width of both models")
     add("--steps", type=int, default=9000, help="steps of each run")
     add("--batch-size", type=int, default=16)
     add("--eval-every", type=int, default=250, help="steps between evaluations")
@@ -68,7 +71,7 @@ def read_options() -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...")
     add("--threads", type=int, default=1, help="CPU threads; a seed gives the same curves for the same number")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "eval_every", "threads"):
+    for name in ("d_model", "steps", "batch_size", "eval_every", "threads"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     if args.length < MEMORIZED:
@@ -110,8 +113,8 @@ class InvariantMixer(MambaMixer):
         return self.out_proj(y * F.silu(z))
 
 
-def build(layer: str) -> MambaForCausalLM:
-    config = MambaConfig(d_model=64, n_layer=2, d_state=16, vocab_size=VOCABULARY)
+def build(layer: str, d_model: int = 64) -> MambaForCausalLM:
+    config = MambaConfig(d_model=d_model, n_layer=2, d_state=16, vocab_size=VOCABULARY)
     model = MambaForCausalLM(config)
     if layer == "invariant":
         for i, block in enumerate(model.backbone.layers):
@@ -153,14 +156,21 @@ def save_state(state: dict, path: Path) -> None:
     write(path, lambda beside: torch.save(state, beside))
 
 
+def load_state(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, struct.error, pickle.UnpicklingError, RuntimeError):
+        raise ValueError(f"{path} is not a whole training state: remove it to start anew") from None
+
+
 def train(layer: str, lr: float, args: argparse.Namespace) -> None:
     """One run; its curve goes to LAYER-LR.json in args.out, and what --resume needs to LAYER-LR.pt until it ends."""
     curve_path = args.out / f"{layer}-{lr:g}.json"
     state_path, state = curve_path.with_suffix(".pt"), {"step": 0, "curve": [], "seconds": 0.0}
     if curve_path.exists():
         done = json.loads(curve_path.read_text())
-        options = ("length", "steps", "batch_size", "seed")
-        others = [f"{name} {done[name]}" for name in options if done[name] != vars(args)[name]]
+        options = ("length", "d_model", "steps", "batch_size", "seed")
+        others = [f"{name} {done.get(name)}" for name in options if done.get(name) != vars(args)[name]]
         if others and not args.resume:
             raise ValueError(f"{curve_path} is of a run with {', '.join(others)}: choose another --out, or remove it")
         print(f"{layer}, learning rate {lr:g}: done before")
@@ -168,10 +178,10 @@ def train(layer: str, lr: float, args: argparse.Namespace) -> None:
     if state_path.exists():
         if not args.resume:
             raise ValueError(f"{state_path} is of an unfinished run: add --resume, or remove it")
-        state = torch.load(state_path, map_location="cpu", weights_only=True)
+        state = load_state(state_path)
         args = argparse.Namespace(**vars(args) | state["args"])
     torch.manual_seed(args.seed)
-    model, generator = build(layer).to(args.device), torch.Generator().manual_seed(args.seed)
+    model, generator = build(layer, args.d_model).to(args.device), torch.Generator().manual_seed(args.seed)
     print(f"{layer}, learning rate {lr:g}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.device}")
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     if state["step"]:
@@ -268,5 +278,8 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("selective_copying.py: stopped; --resume continues from the last evaluation", file=sys.stderr)
+        print(
+            "selective_copying.py: stopped; --resume continues from the last evaluation, if there was one",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None

@@ -89,7 +89,7 @@ def read_co2() -> Tensor:
         from statsmodels.datasets import co2
     except ImportError:
         die('statsmodels, which holds the CO2 series, is missing: pip install -e ".[examples]", or give --csv')
-    return torch.tensor(co2.load_pandas().data["co2"].to_numpy(), dtype=torch.float32)
+    return torch.tensor(co2.load_pandas().data["co2"].to_numpy(), dtype=torch.float64)
 
 
 def read_csv(path: Path, column: str) -> Tensor:
@@ -105,7 +105,7 @@ def read_csv(path: Path, column: str) -> Tensor:
             except ValueError:
                 place = f"{path}, line {rows.line_num}, column {column!r}"
                 raise ValueError(f"{place}: not a number: {row[column]!r}") from None
-    return torch.tensor(values)
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def fill_gaps(series: Tensor) -> Tensor:
@@ -279,6 +279,8 @@ def main() -> None:
             args.plot.parent.mkdir(parents=True, exist_ok=True)
         series = fill_gaps(read_csv(args.csv, args.column) if args.csv else read_co2())
         borders = split(series, args)
+        level = series[: borders[1]].mean()  # only differences matter below, and float32 holds those of small numbers
+        series = (series - level).float()
         torch.manual_seed(args.seed)
         model = Forecaster(args).to(pick_device(args.device))
         parameters, start = sum(p.numel() for p in model.parameters()), time.time()
@@ -292,7 +294,8 @@ def main() -> None:
         errors = {name: (values - targets).abs().mean(0) for name, values in forecasts.items()}  # (H,) each
         print_table(errors, args.horizon)
         if args.plot:
-            plot(args.plot, series, borders[2], forecasts, errors)
+            forecasts = {name: values + level for name, values in forecasts.items()}
+            plot(args.plot, series + level, borders[2], forecasts, errors)
     except ModuleNotFoundError as error:
         die(f'{error.name} is missing: pip install -e ".[examples]" (or --no-plot)')
     except (OSError, ValueError, RuntimeError, AssertionError, csv.Error) as error:  # assertions: a torch without CUDA

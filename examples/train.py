@@ -17,6 +17,8 @@ import copy
 import json
 import math
 import os
+import pickle
+import struct
 import sys
 import time
 from pathlib import Path
@@ -77,7 +79,7 @@ def read_options() -> tuple[argparse.Namespace, dict]:
     if not (args.out or args.evaluate):
         die("--out (or --evaluate) is required")
     if args.resume and not args.evaluate:
-        state = torch.load(args.out / "training_state.pt", map_location="cpu", weights_only=True)
+        state = load_state(args.out / "training_state.pt")
         vars(args).update(state["args"])
     for name in ("steps", "batch_size", "seq_len", "eval_every"):
         if getattr(args, name) < 1:
@@ -180,6 +182,13 @@ def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.A
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
+def load_state(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, struct.error, pickle.UnpicklingError, RuntimeError):
+        raise ValueError(f"{path} is not a whole training state: remove it to start anew") from None
+
+
 def save_state(state: dict, args: argparse.Namespace) -> None:
     """Write what --resume needs, beside the old file and then in its place, so that one whole file is always there."""
     kept = {name: value for name, value in vars(args).items() if name not in FRESH}
@@ -272,5 +281,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("train.py: stopped; --resume continues from the last evaluation", file=sys.stderr)
+        print("train.py: stopped; --resume continues from the last evaluation, if there was one", file=sys.stderr)
         raise SystemExit(130) from None
