@@ -375,7 +375,7 @@ def selective_scan_recurrence(
 ) -> tuple[Tensor, Tensor]:
     """The definition (equation 2 with the discretisation of Algorithm 2), one step after the other.
 
-    Arguments and results are those of `selective_scan`, which computes the same numbers fast.
+    Arguments, here all of one type, and results are those of `selective_scan`, which computes the same numbers fast.
     """
     h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state
     ys = []
@@ -1568,8 +1568,9 @@ def sample(
     """Draw a token for each row of logits (b, v): ids (b,). The settings are those of `generate`."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)  # no temperature is too small for the largest
-    probs = F.softmax(filter_logits(logits / temperature, top_k, top_p), dim=-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0, which no temperature makes infinite
+    logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
+    probs = F.softmax(filter_logits(logits, top_k, top_p), dim=-1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 

@@ -391,7 +391,7 @@ def ssd_recurrence(
 ) -> tuple[Tensor, Tensor]:
     """The definition: the linear, recurrent form, one step after the other.
 
-    Arguments and results are those of `ssd`, which computes the same numbers fast.
+    Arguments, here all of one type, and results are those of `ssd`, which computes the same numbers fast.
     """
     (b, _, h, p), (g, n) = x.shape, B.shape[2:]
     state = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
@@ -417,7 +417,7 @@ def ssd_quadratic(
 ) -> tuple[Tensor, Tensor]:
     """The dual, quadratic form: attention whose mask L holds the decays instead of ones, y = (L * C B^T) (dt x).
 
-    Arguments and results are those of `ssd`, which computes the same numbers in linear time.
+    Arguments, here all of one type, and results are those of `ssd`, which computes the same numbers in linear time.
     """
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     if l == 0:
@@ -1724,8 +1724,9 @@ def sample(
     """Draw a token for each row of logits (b, v): ids (b,). The settings are those of `generate`."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)  # no temperature is too small for the largest
-    probs = F.softmax(filter_logits(logits / temperature, top_k, top_p), dim=-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0, which no temperature makes infinite
+    logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
+    probs = F.softmax(filter_logits(logits, top_k, top_p), dim=-1)
     return torch.multinomial(probs, 1, generator=generator).squeeze(1)
 
 

@@ -1262,6 +1262,7 @@ WRONG_SETTINGS_OF_ONE = {
         dict(dt_limit=(0.5, 0.1)),
         dict(A_init_range=(0, 16)),
         dict(A_init_range=(16, 1)),
+        dict(A_init_range=(1, math.inf)),
     ],
 }
 
@@ -1748,6 +1749,13 @@ def test_one_seed_gives_one_text_with_and_without_cache(file, options):
         for use_cache in (True, False, True)
     ]
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_the_smallest_temperature_is_nearly_greedy(file):
+    model, ids = tiny(file), random_ids(3, 4)
+    greedy = model.generate(ids, temperature=0)
+    for temperature in (1e-30, 1e-40, 1e-300):
+        assert torch.equal(model.generate(ids, temperature=temperature), greedy)
 
 
 def test_different_seeds_give_different_texts(file):
@@ -2375,6 +2383,8 @@ WRONG_CALLS = {
     "a negative top_k": ("top_k", lambda m, p: m.generate(random_ids(2, 5), top_k=-1)),
     "top_p over one": ("top_p", lambda m, p: m.generate(random_ids(2, 5), top_p=1.5)),
     "top_p zero": ("top_p", lambda m, p: m.generate(random_ids(2, 5), top_p=0.0)),
+    "a word that ends": ("eos_token_id", lambda m, p: m.generate(random_ids(2, 5), eos_token_id="</s>")),
+    "half an id that ends": ("eos_token_id", lambda m, p: m.generate(random_ids(2, 5), eos_token_id=[1, 2.5])),
     "an empty prompt": ("input_ids", lambda m, p: m.generate(random_ids(2, 0))),
     "a prompt of embeddings": ("input_ids", lambda m, p: m.generate(torch.randn(2, 3, 32))),
     "a stream with top_p over one": ("top_p", lambda m, p: next(m.stream(random_ids(1, 5), top_p=1.5))),
@@ -2391,6 +2401,20 @@ def test_a_wrong_argument_is_named(file, message, call):
     logits_of(model, random_ids(2, 3), params)
     with pytest.raises((ValueError, TypeError, IndexError), match=message):
         call(model, params)
+
+
+@pytest.mark.parametrize("name", ["x", "B"])
+def test_ssd_names_what_lacks_a_dimension(name):
+    inputs = dict(zip(("x", "dt", "A", "B", "C"), ssd_inputs(1, 6, 4, 8, 2, 3)[:5], strict=True))
+    inputs[name] = inputs[name][:, :, 0]
+    with pytest.raises(ValueError, match=rf"^{name} must have shape \(b, l, "):
+        mamba2.ssd(**inputs)
+
+
+def test_a_model_on_the_meta_device_gives_shapes(file):
+    with torch.device("meta"):
+        model, ids = file.LM(file.Config(d_model=64, n_layer=1, vocab_size=32)), torch.zeros(2, 5).long()
+    assert model(ids, labels=ids)["logits"].shape == (2, 5, 32)
 
 
 def test_a_cache_of_another_model_is_refused(file):
@@ -2555,7 +2579,9 @@ def test_the_command_line_continues_standard_input(file, alphabet_models):
 def test_ctrl_c_ends_the_command_line_cleanly(file, alphabet_models):
     options = ["--model", alphabet_models[file.name], "--max-new-tokens", 10**9, "--device", "cpu"]
     command = [sys.executable, f"{file.name}.py", "abc", *map(str, options)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background ignore Ctrl-C
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=default, **pipes) as process:
         assert process.stdout.read(10)  # text streams out long before the end
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
@@ -3126,6 +3152,17 @@ def test_forecasts_of_a_csv_are_compared_with_the_naive_ones(model, tmp_path):
     assert os.listdir(tmp_path) == ["level.csv"]
 
 
+def test_forecasts_of_large_values_are_as_good(tmp_path):
+    options = ["--csv", "level.csv", "--column", "level", *SHORT_SERIES, "--no-plot"]
+    tables = []
+    for level in (0, 2**30):
+        values = seasonal_csv(tmp_path / "level.csv")
+        (tmp_path / "level.csv").write_text("\n".join(["level", *(str(value + level) for value in values)]))
+        tables.append(error_table(run_example("time_series", *options, cwd=tmp_path).stdout))
+    for name, errors in tables[0].items():
+        assert tables[1][name] == pytest.approx(errors, rel=0.02, abs=2e-3), name
+
+
 def test_the_forecaster_reads_nothing_that_comes_later():
     script = example("time_series")
     args = SimpleNamespace(season=12, context=24, horizon=6, model="mamba", d_model=32, n_layer=1)
@@ -3449,11 +3486,25 @@ BAD_TASKS = {
     "no checkpoint": ["induction_heads", ["--evaluate", "{}"]],
     "another task's checkpoint": ["induction_heads", ["--evaluate", "pretrained/shakespeare-mamba"]],
     "unknown model": ["induction_heads", ["--out", "{}", "--model", "mamba3"]],
+    "a picture of no known kind": ["induction_heads", ["--out", "{}", "--plot", "plot.doc"]],
     "copying nowhere": ["selective_copying", []],
     "copying in no steps": ["selective_copying", ["--out", "{}", "--steps", "0"]],
     "copying too short": ["selective_copying", ["--out", "{}", "--length", "15"]],
     "copying on no device": ["selective_copying", ["--out", "{}", "--device", "abacus"]],
 }
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state", b"PK\3\4 cut off"], ids=["empty", "text", "cut"])
+@pytest.mark.parametrize("script", ["train", "induction_heads", "selective_copying"])
+def test_a_broken_training_state_is_named(script, content, tmp_path):
+    name = "selective-0.001.pt" if script == "selective_copying" else "training_state.pt"
+    (tmp_path / name).write_bytes(content)
+    options = ["--lr", 0.001] if script == "selective_copying" else []
+    options += ["--data", ROOT / "README.md"] if script == "train" else []
+    done = run(f"examples/{script}.py", "--out", tmp_path, "--resume", *options)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and name in done.stderr, done.stderr
+    assert (tmp_path / name).read_bytes() == content
 
 
 @pytest.mark.parametrize(("script", "options"), BAD_TASKS.values(), ids=BAD_TASKS)
