@@ -774,6 +774,7 @@ def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None
 
 
 HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # bool() is False
+IS_AMD = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "").startswith("AMD")
 
 
 class Linear(nn.Linear):
@@ -783,7 +784,7 @@ class Linear(nn.Linear):
         count = x.numel() // max(1, x.shape[-1])
         if not 0 < count <= 16 or torch.is_grad_enabled():
             return super().forward(x)
-        if count == 1 and x.is_cpu and x.dtype == torch.float32:  # a batch of blocks of rows: all threads read
+        if count == 1 and x.is_cpu and x.dtype == torch.float32 and IS_AMD:  # there MKL reads blocks of rows faster
             blocks = self.weight.unflatten(0, (math.gcd(len(self.weight), 16), -1))
             y = torch.bmm(blocks, x.reshape(1, -1).mT.expand(len(blocks), -1, -1)).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
