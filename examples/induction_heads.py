@@ -137,6 +137,7 @@ def load(directory: Path) -> LanguageModel:
 
 
 def load_state(path: Path) -> dict:
+    """What `save_state` wrote. Raises ValueError for a file that is cut off or something else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, struct.error, pickle.UnpicklingError, RuntimeError):
