@@ -19,7 +19,7 @@ Glossary
     d_model                             width of the residual stream
     e           D                       d_inner, the number of channels inside a layer; usually 2 * d_model
     n           N                       d_state, the size of each channel's state
-    r           R                       dt_rank, the rank of the projection that makes dt
+    dt_rank     R                       rank of the projection that makes dt
     u           x       (b, l, e)       input of the state space model
     y           y       (b, l, e)       its output
     h           h       (b, e, n)       its state (`ssm_state` in the cache)
@@ -29,6 +29,7 @@ Glossary
     D           D       (e,)            skip connection
     z                   (b, l, e)       gate of the block (Figure 3)
     conv_state          (b, e, d_conv)  the last inputs of the convolution, newest last
+    t, w, r                             how the scan is worked on: steps of a block, blocks side by side, rows at once
 """
 
 import argparse
@@ -41,8 +42,9 @@ import re
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,6 +52,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -242,14 +245,13 @@ def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} of a checkpoint must be {allowed!r} here, got {stored[name]!r}")
     values = {ours: stored[name] for ours, name in TRANSFORMERS_FIELDS.items() if name in stored}
     values = TRANSFORMERS_DEFAULTS | values
-    padded = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])
-    values["vocab_size"] = vocab_size = stored.get("unpadded_vocab_size", padded)
-    if vocab_size is None:
-        return values
-    multiple = stored.get("pad_vocab_size_multiple", padded)
-    exact = math.ceil(vocab_size / multiple) * multiple == padded
-    values["pad_vocab_size_multiple"] = multiple if exact else padded
-    return values
+    rows = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])
+    vocab_size, multiple = stored.get("unpadded_vocab_size", rows), stored.get("pad_vocab_size_multiple", rows)
+    if rows is None:
+        return values | {"vocab_size": None}
+    if math.ceil(vocab_size / multiple) * multiple != rows:  # they are of the size before a resize in transformers
+        vocab_size = multiple = rows
+    return values | {"vocab_size": vocab_size, "pad_vocab_size_multiple": multiple}
 
 
 def _to_transformers(config: MambaConfig) -> dict[str, Any]:
@@ -345,7 +347,7 @@ def _check_states(states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-LOG2_E = math.log2(math.e)  # decays are exp2(dt (A log2(e))): exp2 is up to three times faster than exp
+LOG2_E = math.log2(math.e)  # decays are exp2(dt (A log2(e))): CPUs are slow with an exp that underflows, some with any
 _NAMESPACE = re.sub(r"^(?=\d)|\W", "_", __name__, flags=re.ASCII)  # of the operators: each copy of the file has its own
 
 
@@ -360,6 +362,14 @@ def _full_precision(function: Callable) -> Callable:
             return function(x, *args, **kwargs)
 
     return wrapped
+
+
+def _check_reverse_mode(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError in forward-mode differentiation, where torch takes our operators' derivatives for 0."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("there are no forward-mode derivatives (jvp, jacfwd): use reverse mode")
 
 
 def selective_scan_recurrence(
@@ -413,8 +423,8 @@ def selective_scan(
     product and one exp for all decays, one product for all inputs, a multiply-add for each step, one product with C.
     Every decay is in [0, 1], so nothing overflows. The backward pass keeps only the states between blocks.
     `n_parallel` blocks are worked on side by side, with the same recurrence once more over their ends: that keeps a GPU
-    busy, with a number of kernels that grows like the square root of the length. Both change the work and not the
-    result; None chooses them by the sizes and the device.
+    busy, with a number of kernels that grows like the square root of the length (in proportion to it beyond 2^26
+    elements). Both change the work and not the result; None chooses them by the sizes and the device.
     """
     (b, l, e), n = u.shape, A.shape[-1]
     expected = {"dt": (b, l, e), "A": (e, n), "B": (b, l, n), "C": (b, l, n)}
@@ -425,6 +435,7 @@ def selective_scan(
     for name, value in (("block_len", block_len), ("n_parallel", n_parallel)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be None or a positive integer, got {value}")
+    _check_reverse_mode(u, dt, A, B, C, initial_state, D, z)
     h = dt.new_zeros(b, n, e) if initial_state is None else initial_state.mT.to(dt.dtype).contiguous()
     D = A.new_zeros(e) if D is None else D
     given = (u, dt, A, B, C, D, h, z)
@@ -433,10 +444,21 @@ def selective_scan(
     return y, h.mT.contiguous()
 
 
+@_full_precision
+def scan_step(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan` for one step: u, dt, z (b, e), B and C (b, n), state (b, e, n) to y (b, e) and the new state."""
+    state = state * torch.exp2(dt[..., None] * (A * LOG2_E))
+    state = state.addcmul_((dt * u)[..., None], B[:, None].to(dt.dtype))  # (b, e, n)
+    y = (state @ C[..., None].to(dt.dtype)).squeeze(-1)  # (b, e)
+    return torch.addcmul(y, u, D) * F.silu(z), state
+
+
 def _tiling(
     b: int, l: int, e: int, n: int, device: torch.device, block_len: int, n_parallel: int
 ) -> tuple[int, int, int]:
-    """Steps of a block, blocks side by side, and rows of the batch worked on at once; 0 stands for a free choice.
+    """t steps of a block, w blocks side by side, and r rows of the batch worked on at once; 0 stands for a free choice.
 
     sym_min and sym_max are min and max; `torch.compile` keeps b and l open in them.
     """
@@ -677,6 +699,7 @@ def causal_conv(
     conv_state: (b, c, k), the inputs before x, newest last; weight: (c, 1, k); lengths: (b,), how many steps of each
     row are real (the padding follows them and never enters the new state).
     """
+    _check_reverse_mode(x, conv_state, weight, bias)
     l, k = x.shape[1], weight.shape[-1]
     dtype = torch.promote_types(weight.dtype, torch.float32)
     taps = weight[:, 0].t().to(dtype).contiguous()  # (k, c)
@@ -782,7 +805,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         count = x.numel() // max(1, x.shape[-1])
-        if not 0 < count <= 16 or torch.is_grad_enabled():
+        plain = type(self.weight) in (Tensor, nn.Parameter)  # others, quantized ones say, know nn.Linear alone
+        if not 0 < count <= 16 or torch.is_grad_enabled() or not plain:
             return super().forward(x)
         if count == 1 and x.is_cpu and x.dtype == torch.float32 and IS_AMD:  # there MKL reads blocks of rows faster
             blocks = self.weight.unflatten(0, (math.gcd(len(self.weight), 16), -1))
@@ -803,11 +827,11 @@ class MambaMixer(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        e, n, r = config.d_inner, config.d_state, config.dt_rank
+        e, n, dt_rank = config.d_inner, config.d_state, config.dt_rank
         self.in_proj = Linear(config.d_model, 2 * e, bias=config.bias)
         self.conv1d = nn.Conv1d(e, e, config.d_conv, groups=e, bias=config.conv_bias)
-        self.x_proj = Linear(e, r + 2 * n, bias=False)
-        self.dt_proj = nn.Linear(r, e)
+        self.x_proj = Linear(e, dt_rank + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, e)
         self.A_log = nn.Parameter(torch.empty(e, n))
         self.D = nn.Parameter(torch.empty(e))
         self.out_proj = Linear(e, config.d_model, bias=config.bias)
@@ -869,7 +893,10 @@ class MambaMixer(nn.Module):
         dtype = torch.promote_types(self.A_log.dtype, torch.float32)
         if config.mixer_rms_eps is not None:  # FalconMamba
             dt, B, C = (F.rms_norm(v.to(dtype), v.shape[-1:], eps=config.mixer_rms_eps).to(v.dtype) for v in (dt, B, C))
-        dt = F.linear(dt, self.dt_proj.weight).to(dtype).add_(self.dt_proj.bias)
+        if type(self.dt_proj) is nn.Linear:
+            dt = F.linear(dt, self.dt_proj.weight).to(dtype).add_(self.dt_proj.bias)
+        else:  # an adapter around it, say
+            dt = self.dt_proj(dt).to(dtype)
         return F.softplus(dt), B, C
 
     def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -877,11 +904,7 @@ class MambaMixer(nn.Module):
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, e) each
         u, conv_state = conv_step(u, conv_state, self.conv1d.weight, self.conv1d.bias)
         dt, B, C = self._select(u)  # (b, e), (b, n), (b, n)
-        decay = torch.exp2(dt[..., None] * (torch.exp(self.A_log.to(dt.dtype)) * -LOG2_E))  # (b, e, n)
-        ssm_state = ssm_state * decay
-        ssm_state = ssm_state.addcmul_((dt * u)[..., None], B[:, None].to(dt.dtype))  # (b, e, n)
-        y = (ssm_state @ C[..., None].to(dt.dtype)).squeeze(-1)  # (b, e)
-        y = torch.addcmul(y, u, self.D) * F.silu(z)
+        y, ssm_state = scan_step(u, dt, -torch.exp(self.A_log.to(dt.dtype)), B, C, ssm_state, self.D, z)
         return self.out_proj(y.to(x.dtype)), conv_state, ssm_state
 
     def state_shapes(self, batch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -890,7 +913,7 @@ class MambaMixer(nn.Module):
         return (batch_size, e, self.config.d_conv), (batch_size, e, self.config.d_state)
 
     def new_states(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """The states at the start of a sequence: zeros, conv_state in the weights' type, ssm_state in float32."""
+        """Zero states, for the start of a sequence: conv_state in the weights' type, ssm_state in float32 at least."""
         conv_shape, ssm_shape = self.state_shapes(batch_size)
         weight = self.conv1d.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -953,6 +976,10 @@ class MambaPreTrained(nn.Module):
             model = cls(config)
         _load_weights(model, name, device or "cpu", dtype)
         return model.eval()
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Set config.gradient_checkpointing: each block is recomputed in the backward pass. The name is transformers'."""
+        self.config.gradient_checkpointing = True
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors (sharded above 5 GB) in transformers' format.
@@ -1023,6 +1050,8 @@ class MambaEncoder(MambaPreTrained):
     @torch.no_grad()
     def step(self, x: Tensor, inference_params: Any) -> Tensor:
         """One vector of each sequence, (b, d_model) to the same shape, after those that the states have seen."""
+        if _hooked(self):
+            return self(x[:, None], inference_params)[:, 0]
         states = self._states(inference_params) or self.new_states(x.shape[0])
         for i, layer in enumerate(self.layers):
             _check_states(states[i], layer.mixer.state_shapes(x.shape[0]))
@@ -1040,6 +1069,13 @@ class MambaEncoder(MambaPreTrained):
     def new_states(self, batch_size: int) -> States:
         """The states of all layers at the start of a sequence."""
         return {i: layer.mixer.new_states(batch_size) for i, layer in enumerate(self.layers)}
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether something waits for calls of `forward`, which `advance` does without: hooks, or what replaces it."""
+    parts = itertools.islice(model.modules(), 1, None)
+    hooks = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    return hooks or any("forward" in vars(part) for part in parts)
 
 
 def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
@@ -1129,6 +1165,13 @@ class MambaForCausalLM(MambaPreTrained):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+        """As usual, but a tied head is a copy: safetensors, and so transformers' Trainer, stores no tensor twice."""
+        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if self.lm_head.weight is self.backbone.embeddings.weight and not keep_vars:
+            state[f"{prefix}lm_head.weight"] = state[f"{prefix}lm_head.weight"].clone()
+        return state
+
     def forward(
         self,
         input_ids: Tensor,
@@ -1141,8 +1184,8 @@ class MambaForCausalLM(MambaPreTrained):
         """Logits (b, l, padded_vocab_size), float32, from ids (b, l) or embeddings (b, l, d_model).
 
         inference_params: states to continue from, updated in place (see InferenceParams). Any number of tokens a call.
-        labels: (b, l), the ids themselves (they are shifted here), -100 where none counts. Then the result is a dict
-            of "loss" (mean cross entropy in nats, float32) and "logits".
+        labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; padding never does. Then
+            the result is a dict of "loss" (mean cross entropy in nats, float32) and "logits".
         attention_mask: (b, l) of 0 and 1; padding on the left or on the right.
         num_last_tokens: k > 0 gives the logits of the last k positions alone.
         """
@@ -1157,6 +1200,8 @@ class MambaForCausalLM(MambaPreTrained):
         logits = self._logits(hidden[:, -num_last_tokens:])
         if labels is None:
             return logits
+        if attention_mask is not None:  # nor does the token after padding on the left, which nothing predicts
+            labels = labels.masked_fill(~(attention_mask.bool() & attention_mask.bool().roll(1, dims=1)), -100)
         loss = F.cross_entropy(rearrange(logits[:, :-1], "b l v -> (b l) v"), labels[:, 1:].flatten())
         return {"loss": loss, "logits": logits}
 
@@ -1292,15 +1337,25 @@ def _pool(hidden: Tensor, attention_mask: Tensor | None, strategy: str) -> Tenso
         position = torch.arange(hidden.shape[1], device=hidden.device)
         return hidden[torch.arange(len(hidden), device=hidden.device), (position * real).argmax(1)]
     if strategy == "mean":
-        return hidden.masked_fill(~real[..., None], 0).sum(1) / real.sum(1, keepdim=True)
+        sums = hidden.masked_fill(~real[..., None], 0).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return (sums / real.sum(1, keepdim=True)).to(hidden.dtype)
     return hidden.masked_fill(~real[..., None], -math.inf).amax(1)
 
 
 # The names of the projects whose users this file should feel like home to.
 MambaLMConfig = MambaClassificationConfig = MambaConfig  # MiniMamba
 S6 = MambaMixer  # MiniMamba
-Mamba = MambaForCausalLM  # MiniMamba
 MambaLMHeadModel = MambaForCausalLM  # state-spaces/mamba
+
+
+class Mamba(MambaForCausalLM):
+    """MiniMamba's: a language model from a config, or from the fields of one, vocab_size among them."""
+
+    def __init__(self, config: MambaConfig | None = None, **fields: Any) -> None:
+        if (config is None) != ("vocab_size" in fields) or (config is not None and fields):
+            got = f"{type(config).__name__} and {', '.join(fields) or 'no fields'}"
+            raise TypeError(f"Mamba needs a config, or fields with vocab_size (the layer is MambaMixer), got {got}")
+        super().__init__(MambaConfig(**fields) if config is None else config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1308,10 +1363,10 @@ MambaLMHeadModel = MambaForCausalLM  # state-spaces/mamba
 # ----------------------------------------------------------------------------------------------------------------------
 
 WEIGHT_FILES = (
+    "model.safetensors",  # transformers may leave the index of an older checkpoint beside it
     "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 
 
@@ -1342,7 +1397,12 @@ def _checkpoint_file(name: str | os.PathLike, filename: str) -> Path | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """JSON with infinity as `Infinity` or as transformers 5 writes it, {"__float__": "Infinity"}."""
-    return json.loads(path.read_text(), object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d)
+    try:
+        return json.loads(
+            path.read_text(), object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d
+        )
+    except ValueError as error:  # not JSON, or no text at all
+        raise ValueError(f"can't read {path}: {error}") from None
 
 
 def _read_config(name: str | os.PathLike) -> dict[str, Any]:
@@ -1376,7 +1436,8 @@ def _stored_tensors(name: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     yield key, file.get_tensor(key)
         else:
-            yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
+            mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote no zip files
+            yield from torch.load(path, map_location="cpu", mmap=mmap, weights_only=True).items()
 
 
 HEADS = {"lm_head.weight", "classifier.weight", "classifier.bias"}
@@ -1431,13 +1492,12 @@ def _set_parameter(model: nn.Module, key: str, tensor: Tensor) -> None:
 def _save(model: MambaPreTrained, directory: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
-    config = model.config
+    config, tensors = model.config, {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if hasattr(model, "lm_head"):  # what holds is whether it is the embedding, which has its place in `tensors` then
+        config = replace(config, tie_embeddings="lm_head.weight" not in tensors)
     stored = {"architectures": [type(model).__name__], **config.to_checkpoint()}
     stored["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     text = json.dumps(stored, indent=2) + "\n"
-    tensors = model.state_dict()
-    if config.tie_embeddings:
-        tensors.pop("lm_head.weight", None)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
         new, old = Path(beside, "new"), Path(beside, "old")
@@ -1522,18 +1582,19 @@ def _tokens(
         if left is not None:
             right = input_ids.shape[1] - left - lengths
             input_ids, attention_mask = (_roll(v[..., None], -right)[..., 0] for v in (input_ids, attention_mask))
-    cache, token = InferenceParams(), None
+    cache, token, hooked = InferenceParams(), None, _hooked(model)
     finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     for _ in range(max_new_tokens):
-        if token is not None and use_cache:
+        if token is None:
+            logits = _read_prompt(model, input_ids, cache, attention_mask)
+        elif use_cache and hooked:
+            logits = model.step(token, cache)
+        elif use_cache:
             logits, cache.key_value_memory_dict = model.advance(token, cache.key_value_memory_dict)
         else:
-            if token is not None:
-                input_ids = torch.cat([input_ids, token[:, None]], dim=1)
-                if attention_mask is not None:
-                    attention_mask = F.pad(attention_mask, (0, 1), value=1)
-                cache.reset()
-            logits = _read_prompt(model, input_ids, cache, attention_mask)
+            input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+            attention_mask = None if attention_mask is None else F.pad(attention_mask, (0, 1), value=1)
+            logits = _read_prompt(model, input_ids, InferenceParams(), attention_mask)
         token = sample(logits[:, : model.config.vocab_size], *sampling)
         if eos:
             token = token.masked_fill(finished, eos[0])
@@ -1600,8 +1661,14 @@ def _load_tokenizer(name: str | os.PathLike) -> Any:
     """The checkpoint's tokenizer; state-spaces' checkpoints have none and use GPT-NeoX's."""
     from tokenizers import Tokenizer
 
-    path = _checkpoint_file(name, "tokenizer.json") or _checkpoint_file("EleutherAI/gpt-neox-20b", "tokenizer.json")
-    return Tokenizer.from_file(str(path))
+    path = _checkpoint_file(name, "tokenizer.json")
+    if path is None and "model_type" in _read_config(name):
+        raise OSError(f"can't load {str(name)!r}: it has no tokenizer.json")
+    path = path or _checkpoint_file("EleutherAI/gpt-neox-20b", "tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers has no class of its own for it
+        raise OSError(f"can't read {path}: {error}") from None
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -1619,7 +1686,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=types, default="auto", help="auto: float32 on a CPU, else the stored type")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.prompt is None and not sys.stdin.isatty():
+        if arguments.prompt is None and sys.stdin and not sys.stdin.isatty():
             arguments.prompt = sys.stdin.read()
         (arguments.prompt or "").encode()
     except UnicodeError:
@@ -1686,9 +1753,8 @@ def _print_summary(model: MambaForCausalLM, prompt_length: int, times: list[floa
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    arguments = _parse_arguments(argv)
     try:
-        _run(arguments)
+        _run(_parse_arguments(argv))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of the output, `head` say, has left

@@ -34,6 +34,7 @@ Glossary
     D           D       (h,)                    skip connection
     z                   (b, l, e)               gate
     conv_state          (b, e + 2 g n, d_conv)  the last inputs of the convolution, newest last
+    k, r, s                                     how SSD is worked on: chunks side by side, rows at once, sets of heads
 """
 
 import argparse
@@ -46,8 +47,9 @@ import re
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,6 +57,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,14 +263,13 @@ def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} of a checkpoint must be {allowed!r} here, got {stored[name]!r}")
     values = {ours: stored[name] for ours, name in TRANSFORMERS_FIELDS.items() if name in stored}
     values = TRANSFORMERS_DEFAULTS | values
-    padded = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])
-    values["vocab_size"] = vocab_size = stored.get("unpadded_vocab_size", padded)
-    if vocab_size is None:
-        return values
-    multiple = stored.get("pad_vocab_size_multiple", padded)
-    exact = math.ceil(vocab_size / multiple) * multiple == padded
-    values["pad_vocab_size_multiple"] = multiple if exact else padded
-    return values
+    rows = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])
+    vocab_size, multiple = stored.get("unpadded_vocab_size", rows), stored.get("pad_vocab_size_multiple", rows)
+    if rows is None:
+        return values | {"vocab_size": None}
+    if math.ceil(vocab_size / multiple) * multiple != rows:  # they are of the size before a resize in transformers
+        vocab_size = multiple = rows
+    return values | {"vocab_size": vocab_size, "pad_vocab_size_multiple": multiple}
 
 
 def _to_transformers(config: Mamba2Config) -> dict[str, Any]:
@@ -379,6 +381,14 @@ def _full_precision(function: Callable) -> Callable:
     return wrapped
 
 
+def _check_reverse_mode(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError in forward-mode differentiation, where torch takes our operators' derivatives for 0."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("there are no forward-mode derivatives (jvp, jacfwd): use reverse mode")
+
+
 def ssd_recurrence(
     x: Tensor,
     dt: Tensor,
@@ -462,7 +472,7 @@ def ssd(
 
     Within a chunk of q steps the quadratic form, across chunks the recurrence. Per head
 
-        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        y_t = h_t C_t + D x_t
+        state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T        y_t = state_t C_t + D x_t
 
     x: (b, l, h, p); dt: (b, l, h), not negative, its type is that of the computation; A: (h,), negative; B, C:
     (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n) and D: (h,), zero when None. Returns y
@@ -470,9 +480,9 @@ def ssd(
     that don't fit.
 
     `n_parallel` chunks are worked on side by side: one where a chunk fills a CPU's cache, more where chunks are small,
-    and on a GPU as many as its memory allows, so that the number of kernels hardly grows with the length. It and
-    `chunk_size` change the work and not the result. The backward pass keeps the states between chunks and computes the
-    rest again.
+    and on a GPU as many as 2^26 elements hold, so that up to there the number of kernels hardly grows with the length.
+    It and `chunk_size` change the work and not the result. The backward pass keeps the states between chunks and
+    computes the rest again.
     """
     for name, value, letters in (("x", x, "(b, l, h, p)"), ("B", B, "(b, l, g, n)")):
         if value.ndim != 4:
@@ -488,6 +498,7 @@ def ssd(
         raise ValueError(f"{allowed}, got {g}, {h} and {chunk_size}")
     if n_parallel is not None and n_parallel < 1:
         raise ValueError(f"n_parallel must be None or a positive integer, got {n_parallel}")
+    _check_reverse_mode(x, dt, A, B, C, initial_state, D)
     state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dtype)
     D = torch.zeros_like(A) if D is None else D
     keep = torch.is_grad_enabled() and any(v.requires_grad for v in (x, dt, A, B, C, D, state))
@@ -495,8 +506,19 @@ def ssd(
     return y, state
 
 
+@_full_precision
+def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    """`ssd` for one step: x (b, h, p), dt (b, h), B and C (b, g, n), state (b, h, p, n) to y (b, h, p), new state."""
+    state = state * torch.exp(dt * A)[..., None, None]
+    groups = state.unflatten(1, (B.shape[1], -1))  # (b, g, h / g, p, n)
+    dtx = (dt[..., None] * x).unflatten(1, (B.shape[1], -1))  # (b, g, h / g, p)
+    groups.addcmul_(dtx[..., None], B[:, :, None, None].to(dt.dtype))
+    y = groups.flatten(2, 3) @ C[..., None].to(dt.dtype)  # (b, g, (h / g) p, 1)
+    return torch.addcmul(y.view_as(x), x, D[:, None]), state
+
+
 def _tiling(shape: torch.Size, g: int, q: int, device: torch.device, n_parallel: int) -> tuple[int, int, int, int]:
-    """Rows of the batch at once, chunks whose masks are made at once, chunks side by side, and sets of heads.
+    """r rows of the batch at once, chunks whose masks are made at once, k chunks side by side, and s sets of heads.
 
     The heads of a set are joined in the products with B and C, which they share. One product would be the work of all
     threads at each of its steps: there, every head is a set.
@@ -527,18 +549,19 @@ def _chunks(v: Tensor, rows: slice, steps: slice, q: int) -> Tensor:
 def _decay_products_(L: Tensor, a: Tensor) -> None:
     """Write `decay_matrix(a)` below the diagonal of L (..., 2^k, 2^k), which holds ones on it and zeros above.
 
-    Blocks of twice the size, again and again: what lies below two blocks on the diagonal is the first column of the
-    second times the last row of the first. All factors are in [0, 1].
+    Blocks of twice the size, again and again: what lies below one block on the diagonal and left of the next is the
+    first column of the next, times the decay of its first step, times the last row of the one before. All factors are
+    in [0, 1].
     """
     size = L.shape[-1]
     factors = F.pad(a, (0, size - a.shape[-1])).exp()
     half = 1
     while half < size:
-        shape = (size // (2 * half), 2, half)  # pairs of blocks on the diagonal; their number comes last from here on
-        pairs = L.unflatten(-1, shape).unflatten(-4, shape).diagonal(dim1=-6, dim2=-3)  # (..., 2, half, 2, half, s)
-        between = factors.unflatten(-1, shape)[..., 1, 0]  # (..., s)
-        column = pairs[..., 1, :, 1, 0, :] * between[..., None, :]  # (..., half, s)
-        row = pairs[..., 0, -1, 0, :, :]  # (..., half, s)
+        shape = (size // (2 * half), 2, half)  # m pairs of blocks on the diagonal; m comes last from here on
+        pairs = L.unflatten(-1, shape).unflatten(-4, shape).diagonal(dim1=-6, dim2=-3)  # (..., 2, half, 2, half, m)
+        between = factors.unflatten(-1, shape)[..., 1, 0]  # (..., m)
+        column = pairs[..., 1, :, 1, 0, :] * between[..., None, :]  # (..., half, m)
+        row = pairs[..., 0, -1, 0, :, :]  # (..., half, m)
         torch.mul(column[..., :, None, :], row[..., None, :, :], out=pairs[..., 1, :, 0, :, :])
         half *= 2
     F.threshold_(L, torch.finfo(L.dtype).tiny ** 0.75, 0)  # 4e-29: CPUs are slow with numbers below the normal range
@@ -812,6 +835,7 @@ def causal_conv(
     conv_state: (b, c, k), the inputs before x, newest last; weight: (c, 1, k); lengths: (b,), how many steps of each
     row are real (the padding follows them and never enters the new state).
     """
+    _check_reverse_mode(x, conv_state, weight, bias)
     l, k = x.shape[1], weight.shape[-1]
     dtype = torch.promote_types(weight.dtype, torch.float32)
     taps = weight[:, 0].t().to(dtype).contiguous()  # (k, c)
@@ -917,7 +941,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         count = x.numel() // max(1, x.shape[-1])
-        if not 0 < count <= 16 or torch.is_grad_enabled():
+        plain = type(self.weight) in (Tensor, nn.Parameter)  # others, quantized ones say, know nn.Linear alone
+        if not 0 < count <= 16 or torch.is_grad_enabled() or not plain:
             return super().forward(x)
         if count == 1 and x.is_cpu and x.dtype == torch.float32 and IS_AMD:  # there MKL reads blocks of rows faster
             blocks = self.weight.unflatten(0, (math.gcd(len(self.weight), 16), -1))
@@ -1010,13 +1035,7 @@ class Mamba2Mixer(nn.Module):
         xBC, conv_state = conv_step(xBC, conv_state, self.conv1d.weight, self.conv1d.bias)
         u, B, C = self._heads(xBC)  # (b, h, p), (b, g, n), (b, g, n)
         dt = self._step_sizes(dt)  # (b, h)
-        A = -torch.exp(self.A_log.to(dt.dtype))
-        ssm_state = ssm_state * torch.exp(dt * A)[..., None, None]
-        groups = ssm_state.unflatten(1, (self.config.ngroups, -1))  # (b, g, h / g, p, n)
-        dtu = (dt[..., None] * u).unflatten(1, (self.config.ngroups, -1))  # (b, g, h / g, p)
-        groups.addcmul_(dtu[..., None], B[:, :, None, None].to(dt.dtype))
-        y = groups.flatten(2, 3) @ C[..., None].to(dt.dtype)  # (b, g, (h / g) p, 1)
-        y = torch.addcmul(y.view_as(u), u, self.D[:, None])
+        y, ssm_state = ssd_step(u, dt, -torch.exp(self.A_log.to(dt.dtype)), B, C, ssm_state, self.D)
         return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
 
     def state_shapes(self, batch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -1026,7 +1045,7 @@ class Mamba2Mixer(nn.Module):
         return (batch_size, config.conv_dim, config.d_conv), ssm_shape
 
     def new_states(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """The states at the start of a sequence: zeros, conv_state in the weights' type, ssm_state in float32."""
+        """Zero states, for the start of a sequence: conv_state in the weights' type, ssm_state in float32 at least."""
         conv_shape, ssm_shape = self.state_shapes(batch_size)
         weight = self.conv1d.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -1112,6 +1131,10 @@ class Mamba2PreTrained(nn.Module):
         _load_weights(model, name, device or "cpu", dtype)
         return model.eval()
 
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Set config.gradient_checkpointing: each block is recomputed in the backward pass. The name is transformers'."""
+        self.config.gradient_checkpointing = True
+
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors (sharded above 5 GB) in transformers' format.
 
@@ -1181,6 +1204,8 @@ class Mamba2Encoder(Mamba2PreTrained):
     @torch.no_grad()
     def step(self, x: Tensor, inference_params: Any) -> Tensor:
         """One vector of each sequence, (b, d_model) to the same shape, after those that the states have seen."""
+        if _hooked(self):
+            return self(x[:, None], inference_params)[:, 0]
         states = self._states(inference_params) or self.new_states(x.shape[0])
         for i, layer in enumerate(self.layers):
             _check_states(states[i], layer.mixer.state_shapes(x.shape[0]))
@@ -1198,6 +1223,13 @@ class Mamba2Encoder(Mamba2PreTrained):
     def new_states(self, batch_size: int) -> States:
         """The states of all layers at the start of a sequence."""
         return {i: layer.mixer.new_states(batch_size) for i, layer in enumerate(self.layers)}
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether something waits for calls of `forward`, which `advance` does without: hooks, or what replaces it."""
+    parts = itertools.islice(model.modules(), 1, None)
+    hooks = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
+    return hooks or any("forward" in vars(part) for part in parts)
 
 
 def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
@@ -1287,6 +1319,13 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
 
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
+        """As usual, but a tied head is a copy: safetensors, and so transformers' Trainer, stores no tensor twice."""
+        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if self.lm_head.weight is self.backbone.embeddings.weight and not keep_vars:
+            state[f"{prefix}lm_head.weight"] = state[f"{prefix}lm_head.weight"].clone()
+        return state
+
     def forward(
         self,
         input_ids: Tensor,
@@ -1299,8 +1338,8 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         """Logits (b, l, padded_vocab_size), float32, from ids (b, l) or embeddings (b, l, d_model).
 
         inference_params: states to continue from, updated in place (see InferenceParams). Any number of tokens a call.
-        labels: (b, l), the ids themselves (they are shifted here), -100 where none counts. Then the result is a dict
-            of "loss" (mean cross entropy in nats, float32) and "logits".
+        labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; padding never does. Then
+            the result is a dict of "loss" (mean cross entropy in nats, float32) and "logits".
         attention_mask: (b, l) of 0 and 1; padding on the left or on the right.
         num_last_tokens: k > 0 gives the logits of the last k positions alone.
         """
@@ -1315,6 +1354,8 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         logits = self._logits(hidden[:, -num_last_tokens:])
         if labels is None:
             return logits
+        if attention_mask is not None:  # nor does the token after padding on the left, which nothing predicts
+            labels = labels.masked_fill(~(attention_mask.bool() & attention_mask.bool().roll(1, dims=1)), -100)
         loss = F.cross_entropy(rearrange(logits[:, :-1], "b l v -> (b l) v"), labels[:, 1:].flatten())
         return {"loss": loss, "logits": logits}
 
@@ -1450,7 +1491,8 @@ def _pool(hidden: Tensor, attention_mask: Tensor | None, strategy: str) -> Tenso
         position = torch.arange(hidden.shape[1], device=hidden.device)
         return hidden[torch.arange(len(hidden), device=hidden.device), (position * real).argmax(1)]
     if strategy == "mean":
-        return hidden.masked_fill(~real[..., None], 0).sum(1) / real.sum(1, keepdim=True)
+        sums = hidden.masked_fill(~real[..., None], 0).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return (sums / real.sum(1, keepdim=True)).to(hidden.dtype)
     return hidden.masked_fill(~real[..., None], -math.inf).amax(1)
 
 
@@ -1464,10 +1506,10 @@ Mamba2LMHeadModel = Mamba2ForCausalLM  # mamba2-minimal
 # ----------------------------------------------------------------------------------------------------------------------
 
 WEIGHT_FILES = (
+    "model.safetensors",  # transformers may leave the index of an older checkpoint beside it
     "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 
 
@@ -1498,7 +1540,12 @@ def _checkpoint_file(name: str | os.PathLike, filename: str) -> Path | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """JSON with infinity as `Infinity` or as transformers 5 writes it, {"__float__": "Infinity"}."""
-    return json.loads(path.read_text(), object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d)
+    try:
+        return json.loads(
+            path.read_text(), object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d
+        )
+    except ValueError as error:  # not JSON, or no text at all
+        raise ValueError(f"can't read {path}: {error}") from None
 
 
 def _read_config(name: str | os.PathLike) -> dict[str, Any]:
@@ -1532,7 +1579,8 @@ def _stored_tensors(name: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     yield key, file.get_tensor(key)
         else:
-            yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
+            mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote no zip files
+            yield from torch.load(path, map_location="cpu", mmap=mmap, weights_only=True).items()
 
 
 HEADS = {"lm_head.weight", "classifier.weight", "classifier.bias"}
@@ -1587,13 +1635,12 @@ def _set_parameter(model: nn.Module, key: str, tensor: Tensor) -> None:
 def _save(model: Mamba2PreTrained, directory: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
-    config = model.config
+    config, tensors = model.config, {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if hasattr(model, "lm_head"):  # what holds is whether it is the embedding, which has its place in `tensors` then
+        config = replace(config, tie_embeddings="lm_head.weight" not in tensors)
     stored = {"architectures": [type(model).__name__], **config.to_checkpoint()}
     stored["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     text = json.dumps(stored, indent=2) + "\n"
-    tensors = model.state_dict()
-    if config.tie_embeddings:
-        tensors.pop("lm_head.weight", None)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
         new, old = Path(beside, "new"), Path(beside, "old")
@@ -1678,18 +1725,19 @@ def _tokens(
         if left is not None:
             right = input_ids.shape[1] - left - lengths
             input_ids, attention_mask = (_roll(v[..., None], -right)[..., 0] for v in (input_ids, attention_mask))
-    cache, token = InferenceParams(), None
+    cache, token, hooked = InferenceParams(), None, _hooked(model)
     finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     for _ in range(max_new_tokens):
-        if token is not None and use_cache:
+        if token is None:
+            logits = _read_prompt(model, input_ids, cache, attention_mask)
+        elif use_cache and hooked:
+            logits = model.step(token, cache)
+        elif use_cache:
             logits, cache.key_value_memory_dict = model.advance(token, cache.key_value_memory_dict)
         else:
-            if token is not None:
-                input_ids = torch.cat([input_ids, token[:, None]], dim=1)
-                if attention_mask is not None:
-                    attention_mask = F.pad(attention_mask, (0, 1), value=1)
-                cache.reset()
-            logits = _read_prompt(model, input_ids, cache, attention_mask)
+            input_ids = torch.cat([input_ids, token[:, None]], dim=1)
+            attention_mask = None if attention_mask is None else F.pad(attention_mask, (0, 1), value=1)
+            logits = _read_prompt(model, input_ids, InferenceParams(), attention_mask)
         token = sample(logits[:, : model.config.vocab_size], *sampling)
         if eos:
             token = token.masked_fill(finished, eos[0])
@@ -1756,8 +1804,14 @@ def _load_tokenizer(name: str | os.PathLike) -> Any:
     """The checkpoint's tokenizer; state-spaces' checkpoints have none and use GPT-NeoX's."""
     from tokenizers import Tokenizer
 
-    path = _checkpoint_file(name, "tokenizer.json") or _checkpoint_file("EleutherAI/gpt-neox-20b", "tokenizer.json")
-    return Tokenizer.from_file(str(path))
+    path = _checkpoint_file(name, "tokenizer.json")
+    if path is None and "model_type" in _read_config(name):
+        raise OSError(f"can't load {str(name)!r}: it has no tokenizer.json")
+    path = path or _checkpoint_file("EleutherAI/gpt-neox-20b", "tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers has no class of its own for it
+        raise OSError(f"can't read {path}: {error}") from None
 
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -1775,7 +1829,7 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=types, default="auto", help="auto: float32 on a CPU, else the stored type")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.prompt is None and not sys.stdin.isatty():
+        if arguments.prompt is None and sys.stdin and not sys.stdin.isatty():
             arguments.prompt = sys.stdin.read()
         (arguments.prompt or "").encode()
     except UnicodeError:
@@ -1842,9 +1896,8 @@ def _print_summary(model: Mamba2ForCausalLM, prompt_length: int, times: list[flo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    arguments = _parse_arguments(argv)
     try:
-        _run(arguments)
+        _run(_parse_arguments(argv))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of the output, `head` say, has left

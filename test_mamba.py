@@ -2306,9 +2306,17 @@ def test_autocast_leaves_the_scan_and_ssd_in_float32():
             assert value.dtype == torch.float32 and torch.equal(value, exact)
 
 
+@pytest.mark.parametrize("arguments", [{"d_model": 64}, {}, {"config": mamba.MambaConfig(), "vocab_size": 9}], ids=str)
+def test_the_language_model_mamba_is_not_taken_for_the_layer_of_that_name(arguments):
+    with pytest.raises(TypeError, match="MambaMixer"):
+        mamba.Mamba(**arguments)
+
+
 def test_the_snippet_of_minimamba_0_2_runs():
     config = mamba.MambaConfig(d_model=64, n_layer=2, vocab_size=10000, d_state=16, d_conv=4, expand=2)
     model = mamba.Mamba(config=config).eval()
+    fields = {"d_model": 64, "n_layer": 2, "vocab_size": 10000, "d_state": 16, "d_conv": 4, "expand": 2}
+    assert mamba.Mamba(**fields).config == config  # as in the README before it
     input_ids = torch.randint(0, config.vocab_size, (2, 128))
     assert model(input_ids).shape == (2, 128, 10000)
     assert model(input_ids[:, :0]).shape == (2, 0, 10000)
@@ -2487,9 +2495,9 @@ def sections(file):
 
 
 def as_if_mamba(source):
-    """The lines of a source with Mamba2 replaced by Mamba, aliases left out."""
-    lines = re.sub(r"Mamba-?2", "Mamba", source).replace("mamba2", "mamba").splitlines()
-    return [line for line in lines if not re.fullmatch(r"(\w+ = )+\w+(  # .*)?", line)]
+    """The lines of a source with Mamba2 replaced by Mamba; the aliases, which end part 5, are left out."""
+    source = source.split("# The names of the projects")[0]
+    return re.sub(r"Mamba-?2", "Mamba", source).replace("mamba2", "mamba").splitlines()
 
 
 @pytest.mark.parametrize("part", [5, 6, 7, 8])
@@ -2576,6 +2584,18 @@ def test_the_command_line_continues_standard_input(file, alphabet_models):
     assert "wxyzab" in done.stdout.replace("\n", "") and "wxyzabc" not in done.stdout
 
 
+def test_ctrl_c_ends_a_command_line_that_waits_for_its_prompt(file):
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    code = f"import {file.name}, sys; print('ready', flush=True); sys.exit({file.name}.main([]))"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, preexec_fn=default, **pipes) as process:
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        assert process.returncode == 130 and process.stderr.read() == b""
+
+
 def test_ctrl_c_ends_the_command_line_cleanly(file, alphabet_models):
     options = ["--model", alphabet_models[file.name], "--max-new-tokens", 10**9, "--device", "cpu"]
     command = [sys.executable, f"{file.name}.py", "abc", *map(str, options)]
@@ -2604,6 +2624,24 @@ def test_a_bad_command_line_ends_with_status_2_and_one_line(file, options, alpha
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("content", [None, "{", "text"], ids=["none", "cut", "text"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json"])
+def test_a_checkpoint_with_a_missing_or_broken_file_is_named(file, name, content, tmp_path, monkeypatch, capsys):
+    tiny(file, d_model=64, vocab_size=256).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+    assert file.module.main(["a", "--model", str(tmp_path), "--device", "cpu"]) == 2
+    out, (line,) = (text.splitlines() for text in capsys.readouterr())
+    assert out == [] and str(tmp_path) in line and name in line
+
+
+def test_a_closed_standard_input_is_no_prompt(file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as stopped:
+        file.module.main([])
+    assert stopped.value.code == 2 and "no prompt" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3216,6 +3254,9 @@ BAD_EXAMPLES = {
     "words for numbers": ("time_series", ["--csv", "words.csv", "--column", "level", "--season", 1]),
     "too short a series": ("time_series", ["--csv", "level.csv", "--column", "level", "--season", 200]),
     "a picture of no known kind": ("time_series", ["--plot", "plot.doc"]),
+    "an empty file": ("time_series", ["--csv", "empty.csv", "--column", "level", "--season", 12]),
+    "no text": ("time_series", ["--csv", "latin1.csv", "--column", "level", "--season", 12]),
+    "no season": ("time_series", ["--season", 0]),
     "no epochs": ("classify", ["--epochs", 0]),
     "another model": ("classify", ["--model", "transformer"]),
 }
@@ -3225,9 +3266,13 @@ BAD_EXAMPLES = {
 def test_an_example_ends_with_status_2_and_one_line(name, options, tmp_path, monkeypatch, capsys):
     seasonal_csv(tmp_path / "level.csv")
     (tmp_path / "words.csv").write_text("level\nhigh\n")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "latin1.csv").write_bytes("level,température\n1,2\n".encode("latin-1"))
     monkeypatch.chdir(tmp_path)
-    refusal(name, [*options, "--no-plot"] if "--csv" in options else options, monkeypatch, capsys)
-    assert sorted(os.listdir()) == ["level.csv", "words.csv"]
+    line = refusal(name, [*options, "--no-plot"] if "--csv" in options else options, monkeypatch, capsys)
+    if options[0:1] == ["--csv"] and options[1] in ("empty.csv", "latin1.csv"):
+        assert options[1] in line
+    assert sorted(os.listdir()) == ["empty.csv", "latin1.csv", "level.csv", "words.csv"]
 
 
 @pytest.mark.parametrize(
@@ -3468,8 +3513,11 @@ def test_selective_copying_trains_and_resumes_to_the_same_curve(tmp_path, monkey
     assert re.search(r"(?m)^invariant +0.001 +4 ", done.stdout)
     (tmp_path / "whole" / "other.json").write_text("{}")  # not ours
     assert run("examples/selective_copying.py", "--out", tmp_path / "whole", *options).returncode == 0
-    done = run("examples/selective_copying.py", "--out", tmp_path / "whole", *options, "--length", 21)
-    assert done.returncode == 2 and "length 20" in done.stderr  # a curve of other options is not taken for this run's
+    done = run("examples/selective_copying.py", "--out", tmp_path / "whole", *options, "--length", 21, "--lr", 0.002)
+    assert done.returncode == 2 and "length 20" in done.stderr  # runs of other options don't get into one table
+    resumed = [*options, "--length", 21, "--lr", 0.002, "--layer", "invariant", "--resume"]
+    assert run("examples/selective_copying.py", "--out", tmp_path / "whole", *resumed).returncode == 0
+    assert json.loads((tmp_path / "whole" / "invariant-0.002.json").read_text())["length"] == 20
     cut = [*options, "--out", tmp_path / "cut"]
     interrupt_after_saving_once(monkeypatch, task_script("selective_copying"), *cut)
     assert run("examples/selective_copying.py", *cut).returncode == 2  # an unfinished run is not overwritten

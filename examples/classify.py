@@ -91,7 +91,7 @@ class RowClassifier(nn.Module):
         if args.model == "mamba":
             self.classifier = MambaForSequenceClassification(MambaConfig(**settings))
         else:
-            config = Mamba2Config(**settings, d_state=16, headdim=32, chunk_size=8)
+            config = Mamba2Config(**settings, d_state=16, headdim=math.gcd(2 * args.d_model, 32), chunk_size=8)
             self.classifier = Mamba2ForSequenceClassification(config)
 
     def forward(self, pictures: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:

@@ -119,11 +119,11 @@ def test(model: LanguageModel, l: int, count: int, seed: int, rows: int = 32) ->
 
 
 def build(args: argparse.Namespace) -> LanguageModel:
-    sizes = {"d_model": 64, "n_layer": 2, "vocab_size": VOCABULARY, **DT}
+    d_state = {"mamba": 16, "mamba2": 64}[args.model] if args.d_state is None else args.d_state
+    sizes = {"d_model": 64, "n_layer": 2, "vocab_size": VOCABULARY, "d_state": d_state, **DT}
     if args.model == "mamba":
-        return mamba.MambaForCausalLM(mamba.MambaConfig(**sizes, d_state=args.d_state or 16))
-    heads = {"d_state": args.d_state or 64, "headdim": 16, "chunk_size": 32}
-    return mamba2.Mamba2ForCausalLM(mamba2.Mamba2Config(**sizes, **heads))
+        return mamba.MambaForCausalLM(mamba.MambaConfig(**sizes))
+    return mamba2.Mamba2ForCausalLM(mamba2.Mamba2Config(**sizes, headdim=16, chunk_size=32))
 
 
 def load(directory: Path) -> LanguageModel:

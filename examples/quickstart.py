@@ -45,6 +45,8 @@ def read_options() -> argparse.Namespace:
     add("--new-tokens", type=int, default=64)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     args = parser.parse_args()
+    if args.model != "mamba" and args.d_model % 32:
+        die(f"--d-model must be a multiple of 32 for mamba2 (two heads of 64 channels), got {args.d_model}")
     for name, least in (("batch_size", 1), ("seq_len", 1), ("new_tokens", 2)):
         if getattr(args, name) < least:
             die(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")

@@ -45,6 +45,7 @@ MEMORIZED = 16  # tokens to remember, and markers
 NOISE, MARKER, VOCABULARY = 15, 16, 17  # the symbols to remember are 0 to 14
 VALIDATION_SEED = 10**9 + 1  # sequences that no training sees
 LAYERS = ("selective", "invariant")
+OPTIONS = ("length", "d_model", "steps", "batch_size", "seed")  # the same for all runs of a table
 FRESH = ("out", "resume", "device", "threads", "layer", "lr")  # options that a resumed run takes anew
 
 
@@ -164,21 +165,27 @@ def load_state(path: Path) -> dict:
         raise ValueError(f"{path} is not a whole training state: remove it to start anew") from None
 
 
+def check_earlier_runs(args: argparse.Namespace) -> None:
+    """Raise ValueError unless all runs of one directory have the same options; with --resume, take them from there."""
+    for run in read_curves(args.out):
+        options = {name: run.get(name) for name in OPTIONS}
+        others = [f"{name} {value}" for name, value in options.items() if value != getattr(args, name)]
+        if others and not args.resume:
+            raise ValueError(f"{args.out} holds a run with {', '.join(others)}: choose another --out, or remove it")
+        vars(args).update(options)
+    for path in (args.out / f"{layer}-{lr:g}.pt" for layer in args.layer for lr in args.lr):
+        if path.exists() and not args.resume:
+            raise ValueError(f"{path} is of an unfinished run: add --resume, or remove it")
+
+
 def train(layer: str, lr: float, args: argparse.Namespace) -> None:
     """One run; its curve goes to LAYER-LR.json in args.out, and what --resume needs to LAYER-LR.pt until it ends."""
     curve_path = args.out / f"{layer}-{lr:g}.json"
     state_path, state = curve_path.with_suffix(".pt"), {"step": 0, "curve": [], "seconds": 0.0}
     if curve_path.exists():
-        done = json.loads(curve_path.read_text())
-        options = ("length", "d_model", "steps", "batch_size", "seed")
-        others = [f"{name} {done.get(name)}" for name in options if done.get(name) != vars(args)[name]]
-        if others and not args.resume:
-            raise ValueError(f"{curve_path} is of a run with {', '.join(others)}: choose another --out, or remove it")
         print(f"{layer}, learning rate {lr:g}: done before")
         return
     if state_path.exists():
-        if not args.resume:
-            raise ValueError(f"{state_path} is of an unfinished run: add --resume, or remove it")
         state = load_state(state_path)
         args = argparse.Namespace(**vars(args) | state["args"])
     torch.manual_seed(args.seed)
@@ -265,6 +272,7 @@ def main() -> None:
         args = read_options()
         torch.set_num_threads(args.threads)
         args.out.mkdir(parents=True, exist_ok=True)
+        check_earlier_runs(args)
         for layer in args.layer:
             for lr in args.lr:
                 train(layer, lr, args)

@@ -18,6 +18,7 @@ Shapes: b batch, l sequence length, s season, H horizon.
 import argparse
 import copy
 import csv
+import io
 import itertools
 import math
 import os
@@ -68,7 +69,7 @@ def read_options() -> argparse.Namespace:
         if getattr(args, name) < 1:
             die(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.csv is None:
-        args.season = args.season or 52
+        args.season = 52 if args.season is None else args.season
     elif args.column is None or args.season is None:
         die("--csv needs --column and --season")
     if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
@@ -94,17 +95,20 @@ def read_co2() -> Tensor:
 
 def read_csv(path: Path, column: str) -> Tensor:
     """The numbers of one column, with NaN for empty cells."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        if column not in (rows.fieldnames or []):
-            raise ValueError(f"--column must be one of {rows.fieldnames} for {path}, got {column!r}")
-        values = []
-        for row in rows:
-            try:
-                values.append(float(row[column] or "nan"))
-            except ValueError:
-                place = f"{path}, line {rows.line_num}, column {column!r}"
-                raise ValueError(f"{place}: not a number: {row[column]!r}") from None
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text: {error}") from None
+    rows = csv.DictReader(io.StringIO(text))
+    if column not in (names := rows.fieldnames or []):
+        raise ValueError(f"--column must be one of {names} for {path}, got {column!r}")
+    values = []
+    for row in rows:
+        try:
+            values.append(float(row[column] or "nan"))
+        except ValueError:
+            place = f"{path}, line {rows.line_num}, column {column!r}"
+            raise ValueError(f"{place}: not a number: {row[column]!r}") from None
     return torch.tensor(values, dtype=torch.float64)
 
 
@@ -138,7 +142,8 @@ class Forecaster(nn.Module):
         if args.model == "mamba":
             self.encoder = MambaEncoder(MambaConfig(**sizes))
         else:
-            self.encoder = Mamba2Encoder(Mamba2Config(**sizes, d_state=64, headdim=32, chunk_size=64))
+            heads = {"headdim": math.gcd(2 * args.d_model, 32), "d_state": 64, "chunk_size": 64}
+            self.encoder = Mamba2Encoder(Mamba2Config(**sizes, **heads))
         self.dropout = nn.Dropout(0.1)
         self.head = nn.Linear(args.d_model, args.horizon)
         nn.init.zeros_(self.head.weight)  # the training starts from the last-value forecast

@@ -115,10 +115,11 @@ def read_bytes(path: Path, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def build(args: argparse.Namespace) -> LanguageModel:
     """A new model over the 256 byte values."""
-    sizes = {"d_model": args.d_model, "n_layer": args.n_layer, "vocab_size": 256}
+    d_state = {"mamba": 16, "mamba2": 64}[args.model] if args.d_state is None else args.d_state
+    sizes = {"d_model": args.d_model, "n_layer": args.n_layer, "vocab_size": 256, "d_state": d_state}
     if args.model == "mamba":
-        return MambaForCausalLM(MambaConfig(**sizes, d_state=args.d_state or 16))
-    heads = {"d_state": args.d_state or 64, "headdim": args.headdim, "chunk_size": args.chunk_size}
+        return MambaForCausalLM(MambaConfig(**sizes))
+    heads = {"headdim": args.headdim, "chunk_size": args.chunk_size}
     return Mamba2ForCausalLM(Mamba2Config(**sizes, **heads))
 
 
