@@ -1132,8 +1132,10 @@ class Mamba2PreTrained(nn.Module):
         return model.eval()
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
-        """Set config.gradient_checkpointing: each block is recomputed in the backward pass. The name is transformers'."""
+        """Set config.gradient_checkpointing: blocks are recomputed in the backward pass. The name is transformers'."""
         self.config.gradient_checkpointing = True
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # its newer name there
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors (sharded above 5 GB) in transformers' format.

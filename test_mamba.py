@@ -2361,6 +2361,221 @@ def test_the_snippet_of_mamba2_minimal_runs():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# In other people's hands: hooks, adapters, quantized weights, transformers' Trainer and its resized checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def hooked_parts(model):
+    block = model.backbone.layers[0]
+    return {"mixer": block.mixer, "block": block, "norm": block.norm, "head": model.lm_head, "backbone": model.backbone}
+
+
+@pytest.mark.parametrize("part", ["mixer", "block", "norm", "head", "backbone"])
+def test_a_hook_runs_for_every_generated_token(file, part):
+    model, ids, calls = tiny(file), random_ids(2, 7), []
+    plain = model.generate(ids, 6, temperature=0)
+    shift = torch.randn(32 if part != "head" else model.lm_head.out_features, generator=generator())
+
+    def steer(module, inputs, output):
+        calls.append(output.shape[1] if output.ndim == 3 else 1)
+        return output + shift
+
+    handle = hooked_parts(model)[part].register_forward_hook(steer)
+    cached = model.generate(ids, 6, temperature=0)
+    assert sum(calls) == (6 if part == "head" else 7 + 5)  # the prompt and five of the six tokens, one by one
+    assert torch.equal(cached, model.generate(ids, 6, temperature=0, use_cache=False))
+    assert not torch.equal(cached, plain)
+    params = file.module.InferenceParams()
+    steps = torch.stack([model.step(token, params) for token in ids.unbind(1)], 1)
+    assert error(steps, logits_of(model, ids)) <= 5e-6
+    handle.remove()
+    assert torch.equal(model.generate(ids, 6, temperature=0), plain)
+
+
+def test_a_replaced_forward_is_called_for_every_generated_token(file):  # as accelerate does it to offload weights
+    model, ids = tiny(file), random_ids(2, 7)
+    plain, mixer, calls = model.generate(ids, 6, temperature=0), model.backbone.layers[1].mixer, []
+    original = mixer.forward
+    mixer.forward = lambda *args: (calls.append(args[0].shape[1]), original(*args))[1]
+    assert torch.equal(model.generate(ids, 6, temperature=0), plain)
+    assert calls == [7, 1, 1, 1, 1, 1]
+
+
+class Adapter(torch.nn.Module):
+    """A layer and a correction of low rank beside it, as in LoRA."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        out_features, in_features = base.weight.shape
+        self.down = torch.nn.Parameter(torch.randn(in_features, 2))
+        self.up = torch.nn.Parameter(torch.randn(2, out_features))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.down @ self.up
+
+
+@pytest.mark.parametrize("layer", ["in_proj", "x_proj", "dt_proj", "out_proj"])
+def test_an_adapter_around_a_projection_takes_part(file, layer):
+    model, merged, ids = tiny(file), tiny(file), random_ids(2, 7)
+    mixer = model.backbone.layers[0].mixer
+    if not hasattr(mixer, layer):
+        pytest.skip(f"Mamba-2 has no {layer}")
+    adapter = Adapter(getattr(mixer, layer))
+    setattr(mixer, layer, adapter)
+    with torch.no_grad():
+        getattr(merged.backbone.layers[0].mixer, layer).weight += (adapter.down @ adapter.up).T
+    exact = logits_of(merged, ids)
+    assert error(logits_of(model, ids), exact) <= 1e-5
+    params = file.module.InferenceParams()
+    assert error(torch.stack([model.step(token, params) for token in ids.unbind(1)], 1), exact) <= 1e-5
+    model(ids, labels=ids)["loss"].backward()
+    assert adapter.down.grad.abs().max() > 0 and adapter.up.grad.abs().max() > 0
+
+
+class KnowsLinearAlone(torch.Tensor):
+    """A weight that F.linear takes and other products refuse, like quantized ones."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if "mm" in function.__name__ or "matmul" in function.__name__ or "flatten" in function.__name__:
+            raise NotImplementedError(function.__name__)
+        result = super().__torch_function__(function, types, args, kwargs)
+        return result.as_subclass(torch.Tensor) if function is F.linear else result
+
+
+def test_a_weight_of_another_type_meets_nothing_but_linear(file):
+    model, ids = tiny(file), random_ids(1, 7)
+    plain = model.generate(ids, 5, temperature=0)
+    for module in model.modules():
+        if isinstance(module, file.module.Linear):
+            weight = module.weight.detach().as_subclass(KnowsLinearAlone)
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+    assert torch.equal(model.generate(ids, 5, temperature=0), plain)
+
+
+def test_forward_mode_derivatives_raise_instead_of_being_zero(file):
+    model, x = tiny(file).requires_grad_(False), torch.randn(2, 5, 32)
+    for layer in (model, model.backbone.layers[0].mixer):
+        with pytest.raises(NotImplementedError, match="reverse mode"):
+            torch.func.jvp(layer, (x,), (x,))
+    A, B, C = -torch.rand(32, 4), *torch.rand(2, 2, 5, 4)
+    with pytest.raises(NotImplementedError, match="reverse mode"):
+        torch.func.jacfwd(lambda dt: mamba.selective_scan(x, dt, A, B, C)[0])(x.abs())
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="reverse mode"):
+        rate = torch.autograd.forward_ad.make_dual(-torch.rand(4), torch.ones(4))
+        mamba2.ssd(x.unflatten(-1, (4, 8)), torch.rand(2, 5, 4), rate, *torch.rand(2, 2, 5, 1, 3))
+
+
+def test_a_tied_model_is_stored_by_transformers_trainer(file, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model, other = tiny(file), tiny(file, noise=0.2)
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})  # what Trainer does
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert other.lm_head.weight is other.backbone.embeddings.weight
+    ids = random_ids(2, 7)
+    assert torch.equal(logits_of(other, ids), logits_of(model, ids))
+    assert model.state_dict(prefix="a.").keys() == {f"a.{name}" for name in model.state_dict()}
+    assert model.state_dict(keep_vars=True)["lm_head.weight"] is model.lm_head.weight
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert model.backbone.config.gradient_checkpointing
+
+
+def test_transformers_trainer_trains_stores_and_resumes(file, tmp_path):
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate, which is not installed")
+    model, ids = tiny(file), random_ids(8, 12)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    options = dict(output_dir=tmp_path, save_steps=1, use_cpu=True, report_to=[], activation_checkpointing=True)
+    options |= dict(per_device_train_batch_size=4, disable_tqdm=True, save_total_limit=1)
+    before = model(ids, labels=ids)["loss"].item()
+    transformers.Trainer(model, transformers.TrainingArguments(**options, max_steps=2), train_dataset=data).train()
+    longer = transformers.TrainingArguments(**options, max_steps=4)
+    transformers.Trainer(model, longer, train_dataset=data).train(resume_from_checkpoint=True)
+    assert model(ids, labels=ids)["loss"].item() < before
+
+
+@pytest.mark.parametrize("rows", [72, 48], ids=["grown", "shrunk"])
+def test_a_vocabulary_resized_in_transformers_is_all_there(file, rows, tmp_path):
+    model = tiny(file, d_model=64, vocab_size=60)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs.resize_token_embeddings(rows)
+    theirs.save_pretrained(tmp_path)
+    again, ids = file.LM.from_pretrained(tmp_path), random_ids(2, 7, vocab=48)
+    assert again.config.vocab_size == again.config.padded_vocab_size == rows
+    assert error(logits_of(again, ids), their_logits(theirs, ids)) <= 2e-6
+
+
+def test_a_checkpoint_stored_over_a_sharded_one_loads(file, tmp_path):
+    tiny(file, d_model=64).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    theirs.save_pretrained(tmp_path, max_shard_size="50KB")
+    theirs.save_pretrained(tmp_path)
+    if not (tmp_path / "model.safetensors.index.json").exists():  # this release leaves no index behind
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    ids = random_ids(2, 7)
+    assert error(logits_of(file.LM.from_pretrained(tmp_path), ids), their_logits(theirs, ids)) <= 2e-6
+
+
+def test_weights_in_torchs_oldest_file_format_load(file, tmp_path):
+    model, ids = tiny(file, d_model=64), random_ids(2, 7)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert torch.equal(logits_of(file.LM.from_pretrained(tmp_path), ids), logits_of(model, ids))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_what_is_stored_is_tied_if_the_model_is(file, tie, tmp_path):
+    model, ids = tiny(file, d_model=64, tie_embeddings=tie), random_ids(2, 7)
+    if tie:
+        model.lm_head.weight = torch.nn.Parameter(2 * model.lm_head.weight)
+    else:
+        model.lm_head.weight = model.backbone.embeddings.weight
+    model.save_pretrained(tmp_path)
+    again = file.LM.from_pretrained(tmp_path)
+    assert again.config.tie_embeddings == (not tie)
+    assert torch.equal(logits_of(again, ids), logits_of(model, ids))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert error(their_logits(theirs, ids), logits_of(model, ids)) <= 2e-6
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_loss_of_padded_rows_is_that_of_the_rows_alone(file, side, bias):
+    model = tiny(file, bias=bias)
+    ids, mask, rows = padded_batch([12, 5, 9], side)
+    loss = model(ids, labels=ids, attention_mask=mask)["loss"]
+    alone = [(model(row, labels=row)["loss"], row.shape[1] - 1) for row in rows]
+    assert error(loss, sum(mean * n for mean, n in alone) / sum(n for _, n in alone)) <= 1e-6
+
+
+def test_a_mean_of_many_large_float16_vectors_is_finite(file):
+    torch.manual_seed(0)
+    model, ids = classifier(file, pooling_strategy="mean"), torch.ones(1, 3000, dtype=torch.long)
+    with torch.no_grad():
+        model.backbone.norm_f.weight.fill_(20)
+    exact = logits_of(model, ids)
+    assert error(logits_of(model.half(), ids), exact) <= 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_under_autocast_keeps_the_state_in_float32(file, dtype):
+    model, x = tiny(file), torch.randn(2, 32)
+    mixer = model.backbone.layers[0].mixer
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        conv_state, ssm_state = mixer.new_states(2)
+        ssm_state += 1e5  # float16 ends at 65504
+        params = SimpleNamespace(key_value_memory_dict={0: (conv_state, ssm_state)})
+        stepped = mixer.step(x, conv_state, ssm_state.clone())[0]
+        whole = mixer(x[:, None], params)[:, 0]
+    assert error(stepped.float(), whole.float()) <= 0.01
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Errors: one clear one each, naming the argument
 # ----------------------------------------------------------------------------------------------------------------------
 
