@@ -1073,11 +1073,12 @@ class MambaEncoder(MambaPreTrained):
         return {i: layer.mixer.new_states(batch_size) for i, layer in enumerate(self.layers)}
 
 
-def _hooked(model: nn.Module) -> bool:
-    """Whether something waits for calls of `forward`, which `advance` does without: hooks, or what replaces it."""
-    parts = itertools.islice(model.modules(), 1, None)
-    hooks = any(part._forward_hooks or part._forward_pre_hooks for part in model.modules())
-    return hooks or any("forward" in vars(part) for part in parts)
+def _hooked(encoder: MambaEncoder) -> bool:
+    """Whether hooks or wrappers in a layer wait for calls of `forward`, which `advance` does without."""
+    parts = [encoder]
+    for layer in encoder.layers:
+        parts += layer, *layer._modules.values(), *layer.mixer._modules.values()
+    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
 
 
 def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
@@ -1584,7 +1585,7 @@ def _tokens(
         if left is not None:
             right = input_ids.shape[1] - left - lengths
             input_ids, attention_mask = (_roll(v[..., None], -right)[..., 0] for v in (input_ids, attention_mask))
-    cache, token, hooked = InferenceParams(), None, _hooked(model)
+    cache, token, hooked = InferenceParams(), None, _hooked(model.backbone)
     finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
     for _ in range(max_new_tokens):
         if token is None:
