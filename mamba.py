@@ -356,7 +356,7 @@ def _full_precision(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *args, **kwargs):
-        if x.is_meta:  # autocast knows no such device
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast knows no meta device
             return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
@@ -449,7 +449,7 @@ def scan_step(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`selective_scan` for one step: u, dt, z (b, e), B and C (b, n), state (b, e, n) to y (b, e) and the new state."""
-    state = state * torch.exp2(dt[..., None] * (A * LOG2_E))
+    state = state * torch.exp2((dt * LOG2_E)[..., None] * A)
     state = state.addcmul_((dt * u)[..., None], B[:, None].to(dt.dtype))  # (b, e, n)
     y = (state @ C[..., None].to(dt.dtype)).squeeze(-1)  # (b, e)
     return torch.addcmul(y, u, D) * F.silu(z), state

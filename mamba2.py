@@ -373,7 +373,7 @@ def _full_precision(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *args, **kwargs):
-        if x.is_meta:  # autocast knows no such device
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast knows no meta device
             return function(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args, **kwargs)
