@@ -60,7 +60,7 @@ def read_options() -> argparse.Namespace:
     parser.error = die  # one line, without the usage text
     add = parser.add_argument
     add("--out", required=True, type=Path, help="directory for the curves, the plot and, while training, the states")
-    add("--resume", action="store_true", help="continue the runs in --out, each with its options")
+    add("--resume", action="store_true", help="continue the runs in --out, with their options")
     add("--layer", choices=LAYERS, nargs="+", default=LAYERS)
     add("--lr", type=float, nargs="+", default=(1e-3, 3e-3, 5e-3), help="learning rates, one run each")
     add("--length", type=int, default=256, help="tokens before the markers")
@@ -168,7 +168,7 @@ def load_state(path: Path) -> dict:
 def check_earlier_runs(args: argparse.Namespace) -> None:
     """Raise ValueError unless all runs of one directory have the same options; with --resume, take them from there."""
     for run in read_curves(args.out):
-        options = {name: run.get(name) for name in OPTIONS}
+        options = {name: run[name] for name in OPTIONS if name in run}
         others = [f"{name} {value}" for name, value in options.items() if value != getattr(args, name)]
         if others and not args.resume:
             raise ValueError(f"{args.out} holds a run with {', '.join(others)}: choose another --out, or remove it")
