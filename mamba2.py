@@ -1639,9 +1639,11 @@ def _save(model: Mamba2PreTrained, directory: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     config, tensors = model.config, {name: parameter.detach() for name, parameter in model.named_parameters()}
-    if hasattr(model, "lm_head"):  # what holds is whether it is the embedding, which has its place in `tensors` then
-        config = replace(config, tie_embeddings="lm_head.weight" not in tensors)
-    stored = {"architectures": [type(model).__name__], **config.to_checkpoint()}
+    architecture = type(model).__name__
+    if isinstance(model, Mamba2ForCausalLM):  # subclasses too, whose names no other library knows
+        architecture = "Mamba2ForCausalLM"
+        config = replace(config, tie_embeddings="lm_head.weight" not in tensors)  # there it is the embedding
+    stored = {"architectures": [architecture], **config.to_checkpoint()}
     stored["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
     text = json.dumps(stored, indent=2) + "\n"
     directory.mkdir(parents=True, exist_ok=True)

@@ -2312,11 +2312,15 @@ def test_the_language_model_mamba_is_not_taken_for_the_layer_of_that_name(argume
         mamba.Mamba(**arguments)
 
 
-def test_the_snippet_of_minimamba_0_2_runs():
+def test_the_snippet_of_minimamba_0_2_runs(tmp_path):
     config = mamba.MambaConfig(d_model=64, n_layer=2, vocab_size=10000, d_state=16, d_conv=4, expand=2)
     model = mamba.Mamba(config=config).eval()
     fields = {"d_model": 64, "n_layer": 2, "vocab_size": 10000, "d_state": 16, "d_conv": 4, "expand": 2}
-    assert mamba.Mamba(**fields).config == config  # as in the README before it
+    older = mamba.Mamba(**fields)  # as in the README before it
+    assert older.config == config
+    older.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["MambaForCausalLM"]
+    assert type(mamba.Mamba.from_pretrained(tmp_path)) is mamba.Mamba
     input_ids = torch.randint(0, config.vocab_size, (2, 128))
     assert model(input_ids).shape == (2, 128, 10000)
     assert model(input_ids[:, :0]).shape == (2, 0, 10000)
