@@ -704,11 +704,13 @@ def causal_conv(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     taps = weight[:, 0].t().to(dtype).contiguous()  # (k, c)
     y = _conv(x, conv_state.mT.to(x.dtype), taps, torch.zeros_like(taps[0]) if bias is None else bias.to(dtype))
-    if lengths is None:
-        newest = torch.cat([conv_state.mT[:, min(l, k) :], x[:, max(l - k, 0) :]], dim=1)  # (b, k, c)
-    else:
+    if lengths is not None:
         index = lengths[:, None] + torch.arange(k, device=x.device)
         newest = torch.cat([conv_state.mT, x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    elif torch.compiler.is_compiling():  # nothing here compares l with k, so that torch.export can leave it open
+        newest = torch.cat([conv_state.mT, x], dim=1)[:, l:]  # (b, k, c)
+    else:  # the same without a copy of x
+        newest = torch.cat([conv_state.mT[:, min(l, k) :], x[:, max(l - k, 0) :]], dim=1)
     return y.to(x.dtype), newest.detach().to(weight.dtype).mT.contiguous()
 
 
@@ -806,7 +808,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         count = x.numel() // max(1, x.shape[-1])
         plain = type(self.weight) in (Tensor, nn.Parameter)  # others, quantized ones say, know nn.Linear alone
-        if not 0 < count <= 16 or torch.is_grad_enabled() or not plain:
+        open_size = isinstance(count, torch.SymInt)  # in torch.export
+        if torch.is_grad_enabled() or not plain or open_size or not 0 < count <= 16:
             return super().forward(x)
         if count == 1 and x.is_cpu and x.dtype == torch.float32 and IS_AMD:  # there MKL reads blocks of rows faster
             blocks = self.weight.unflatten(0, (math.gcd(len(self.weight), 16), -1))

@@ -2246,6 +2246,17 @@ def test_a_step_can_be_exported(file):
         assert all(error(state, exact) < 1e-6 for state, exact in zip(got[1][layer], pair, strict=True))
 
 
+def test_forward_can_be_exported_for_any_batch_and_length(file, tmp_path):
+    model, sizes = tiny(file), ({0: torch.export.Dim("b"), 1: torch.export.Dim("l")},)
+    with torch.no_grad():
+        torch.export.save(
+            torch.export.export(model, (random_ids(3, 12),), dynamic_shapes=sizes), tmp_path / "model.pt2"
+        )
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    for b, l in ((1, 1), (5, 3), (2, 130), (30, 2)):
+        assert error(program(random_ids(b, l)), logits_of(model, random_ids(b, l))) < 1e-6
+
+
 def test_the_convolution_is_the_same_text_in_both_files():
     texts = (Path(module.__file__).read_text() for module in (mamba, mamba2))
     one, two = (text[text.index("def causal_conv(") : text.index("Mixer(nn.Module)")] for text in texts)
