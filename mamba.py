@@ -1077,11 +1077,14 @@ class MambaEncoder(MambaPreTrained):
 
 
 def _hooked(encoder: MambaEncoder) -> bool:
-    """Whether hooks or wrappers in a layer wait for calls of `forward`, which `advance` does without."""
+    """Whether hooks or wrappers in a layer, but those of torch.compile, wait for `forward`: `advance` does without."""
     parts = [encoder]
     for layer in encoder.layers:
-        parts += layer, *layer._modules.values(), *layer.mixer._modules.values()
-    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts)
+        if not hasattr(layer, "mixer"):
+            return True
+        parts += layer, layer.mixer, *layer._modules.values(), *layer.mixer._modules.values()
+    hooks = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    return hooks or any("forward" in vars(part) and not hasattr(part, "_orig_mod") for part in parts)
 
 
 def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:

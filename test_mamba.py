@@ -2416,6 +2416,33 @@ def test_a_replaced_forward_is_called_for_every_generated_token(file):  # as acc
     assert calls == [7, 1, 1, 1, 1, 1]
 
 
+class Wrapper(torch.nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args):
+        return self.block(*args)
+
+
+def test_a_wrapped_block_generates_the_same(file):
+    model, ids, params = tiny(file), random_ids(2, 7), file.module.InferenceParams()
+    plain, logits = model.generate(ids, 6, temperature=0), logits_of(model, ids)
+    model.backbone.layers[0] = Wrapper(model.backbone.layers[0])
+    assert torch.equal(model.generate(ids, 6, temperature=0), plain)
+    assert error(torch.stack([model.step(token, params) for token in ids.unbind(1)], 1), logits) <= 5e-6
+
+
+def test_compiled_layers_generate_in_steps(file, monkeypatch):
+    model, ids, calls = tiny(file), random_ids(2, 7), []
+    plain, advance = model.generate(ids, 6, temperature=0), model.advance
+    for i, layer in enumerate(model.backbone.layers):
+        model.backbone.layers[i] = torch.compile(layer, backend="eager")
+    monkeypatch.setattr(model, "advance", lambda *args: (calls.append(1), advance(*args))[1])
+    assert torch.equal(model.generate(ids, 6, temperature=0), plain)
+    assert len(calls) == 5  # the compiled forward passes would be made anew for each layer
+
+
 class Adapter(torch.nn.Module):
     """A layer and a correction of low rank beside it, as in LoRA."""
 
