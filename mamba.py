@@ -87,7 +87,9 @@ class MambaConfig:
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     initializer_range: float = 0.02  # standard deviation of the embedding at the start
+    bos_token_id: int | None = None  # kept in checkpoints, as is pad_token_id
     eos_token_id: int | Sequence[int] | None = None  # for the command line, and kept in checkpoints
+    pad_token_id: int | None = None
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
     num_labels: int = 2  # the classifier's fields: these three
     pooling_strategy: str = "last"
@@ -106,6 +108,8 @@ class MambaConfig:
         self._check("True or False", lambda v: type(v) is bool, *switches)
         self._check("'random' or 'constant'", lambda v: v in ("random", "constant"), "dt_init")
         self._check("'last', 'mean' or 'max'", lambda v: v in ("last", "mean", "max"), "pooling_strategy")
+        self._check("None or an integer", lambda v: v is None or type(v) is int, "bos_token_id", "pad_token_id")
+        self._check("None, an integer or a list of them", _are_ids, "eos_token_id")
         self._check("None or a positive number", lambda v: v is None or (_is_number(v) and v > 0), "mixer_rms_eps")
         self._check(f"at least dt_min ({self.dt_min})", lambda v: v >= self.dt_min, "dt_max")
         if self.d_inner is None:
@@ -200,12 +204,15 @@ TRANSFORMERS_FIELDS = {
     "residual_in_fp32": "residual_in_fp32",
     "tie_embeddings": "tie_word_embeddings",
     "initializer_range": "initializer_range",
+    "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
     "num_labels": "num_labels",
     "pooling_strategy": "pooling_strategy",
     "dropout": "classifier_dropout",
 }
-TRANSFORMERS_DEFAULTS = {"n_layer": 32, "vocab_size": 50280, "initializer_range": 0.1, "eos_token_id": 0}
+TRANSFORMERS_DEFAULTS = {"n_layer": 32, "vocab_size": 50280, "initializer_range": 0.1}
+TRANSFORMERS_DEFAULTS |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 STATE_SPACES_FIELDS = [
     "d_model",
     "n_layer",
@@ -238,6 +245,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _are_ids(value: Any) -> bool:
+    ids = value if isinstance(value, (list, tuple)) else [value]
+    return value is None or all(type(token) is int for token in ids)
+
+
 def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ours from a config.json of transformers; what we don't use is ignored."""
     for name, allowed in (("hidden_act", "silu"), ("quantization_config", None)):
@@ -258,7 +270,7 @@ def _to_transformers(config: MambaConfig) -> dict[str, Any]:
     """The fields of a config.json of transformers; it reads vocab_size as the number of rows, padding included."""
     stored = {name: getattr(config, ours) for ours, name in TRANSFORMERS_FIELDS.items()}
     stored |= {"vocab_size": config.padded_vocab_size, "unpadded_vocab_size": config.vocab_size}
-    stored |= {"pad_vocab_size_multiple": config.pad_vocab_size_multiple, "bos_token_id": None, "pad_token_id": None}
+    stored |= {"pad_vocab_size_multiple": config.pad_vocab_size_multiple}
     return stored | {"hidden_act": "silu", "use_cache": True}
 
 
@@ -1570,10 +1582,9 @@ def _generate(
         _, lengths = _padding(attention_mask, input_ids.shape)
         if lengths is not None and not lengths.all():
             raise ValueError("attention_mask must leave at least one real token in every row")
-    eos = list(eos_token_id) if isinstance(eos_token_id, Sequence) else [eos_token_id]
-    eos = [] if eos_token_id is None else eos
-    if any(type(token) is not int for token in eos):
-        raise ValueError(f"eos_token_id must be None, an integer or a sequence of them, got {eos_token_id!r}")
+    if not _are_ids(eos_token_id):
+        raise ValueError(f"eos_token_id must be None, an integer or a list of them, got {eos_token_id!r}")
+    eos = [eos_token_id] if type(eos_token_id) is int else list(eos_token_id or [])
     sampling = (temperature, top_k, top_p, generator)
     return _tokens(model, input_ids, max_new_tokens, sampling, eos, attention_mask, use_cache)
 

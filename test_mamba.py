@@ -1250,6 +1250,9 @@ WRONG_SETTINGS = [
     dict(num_labels=0),
     dict(pooling_strategy="first"),
     dict(dropout=1.5),
+    dict(pad_token_id="<pad>"),
+    dict(eos_token_id="</s>"),
+    dict(eos_token_id=[1, 2.5]),
 ]
 WRONG_SETTINGS_OF_ONE = {
     "mamba": [dict(dt_rank="all"), dict(dt_rank=0), dict(d_inner=0), dict(dt_init="zeros"), dict(mixer_rms_eps=-1.0)],
@@ -1458,6 +1461,15 @@ def test_absent_fields_take_the_defaults_of_transformers(settings, tmp_path):
     assert torch.equal(logits_of(model, ids), logits_of(with_all_fields, ids))
 
 
+def test_special_tokens_are_kept(file, tmp_path):
+    theirs = transformers_model(file.name, 0.1)
+    theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.config.pad_token_id = 3, [4, 5], 6
+    theirs.save_pretrained(tmp_path / "theirs")
+    file.LM.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    kept = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert (kept.bos_token_id, kept.eos_token_id, kept.pad_token_id) == (3, [4, 5], 6)
+
+
 @pytest.mark.parametrize("infinity", [math.inf, {"__float__": "Infinity"}])
 def test_every_spelling_of_infinity_is_read(infinity, tmp_path):
     theirs = theirs_for("mamba2 chunk 256", 0.1)
@@ -1534,7 +1546,7 @@ def break_tensors(model, monkeypatch):
 
 
 def break_config(model, monkeypatch):
-    model.config.eos_token_id = object()  # no JSON
+    model.config.eos_token_id = object()
 
 
 def break_first_rename(model, monkeypatch):
