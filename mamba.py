@@ -170,6 +170,11 @@ class MambaConfig:
             values["mixer_rms_eps"] = stored.get("mixer_rms_eps", 1e-6)
         return cls.from_dict(values)
 
+    @property
+    def architecture(self) -> str:
+        """The name of the language model's class in transformers."""
+        return "MambaForCausalLM" if self.mixer_rms_eps is None else "FalconMambaForCausalLM"
+
     def to_checkpoint(self) -> dict[str, Any]:
         """The fields of config.json in transformers' format."""
         model_type = {"model_type": "mamba" if self.mixer_rms_eps is None else "falcon_mamba"}
@@ -1516,7 +1521,7 @@ def _save(model: MambaPreTrained, directory: Path) -> None:
     config, tensors = model.config, {name: parameter.detach() for name, parameter in model.named_parameters()}
     architecture = type(model).__name__
     if isinstance(model, MambaForCausalLM):  # subclasses too, whose names no other library knows
-        architecture = "MambaForCausalLM"
+        architecture = config.architecture
         config = replace(config, tie_embeddings="lm_head.weight" not in tensors)  # there it is the embedding
     stored = {"architectures": [architecture], **config.to_checkpoint()}
     stored["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -190,6 +190,11 @@ class Mamba2Config:
             raise ValueError(f"num_heads of a checkpoint must be {sizes}, got {num_heads}")
         return config
 
+    @property
+    def architecture(self) -> str:
+        """The name of the language model's class in transformers."""
+        return "Mamba2ForCausalLM"
+
     def to_checkpoint(self) -> dict[str, Any]:
         """The fields of config.json in transformers' format."""
         own = {"model_type": "mamba2", "num_heads": self.nheads, "chunk_size": self.chunk_size}
@@ -1658,7 +1663,7 @@ def _save(model: Mamba2PreTrained, directory: Path) -> None:
     config, tensors = model.config, {name: parameter.detach() for name, parameter in model.named_parameters()}
     architecture = type(model).__name__
     if isinstance(model, Mamba2ForCausalLM):  # subclasses too, whose names no other library knows
-        architecture = "Mamba2ForCausalLM"
+        architecture = config.architecture
         config = replace(config, tie_embeddings="lm_head.weight" not in tensors)  # there it is the embedding
     stored = {"architectures": [architecture], **config.to_checkpoint()}
     stored["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")

@@ -1317,6 +1317,7 @@ def test_a_checkpoint_of_ours_loads_in_transformers(settings, ours_for, tmp_path
     assert same_weights(ours, theirs)
     assert torch.equal(their_logits(theirs, ids), their_logits(theirs_for(settings, 0.1), ids))
     assert type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)) is type(theirs)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(theirs).__name__]
 
 
 def test_a_model_born_here_loads_in_transformers(file, tmp_path):
