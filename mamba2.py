@@ -38,6 +38,7 @@ Glossary
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -119,7 +120,10 @@ class Mamba2Config:
         self._check(
             "two numbers, 0 < low <= high", lambda v: _is_range(v) and v[0] > 0 and v[1] < math.inf, "A_init_range"
         )
-        self.dt_limit, self.A_init_range = tuple(self.dt_limit), tuple(self.A_init_range)
+        for setting in fields(self):  # transformers refuses whole numbers in these
+            if setting.type in (float, float | None) and getattr(self, setting.name) is not None:
+                setattr(self, setting.name, float(getattr(self, setting.name)))
+        self.dt_limit, self.A_init_range = (tuple(map(float, pair)) for pair in (self.dt_limit, self.A_init_range))
         self._check(f"a divisor of expand * d_model ({self.d_inner})", lambda v: self.d_inner % v == 0, "headdim")
         self._check(f"a divisor of the number of heads ({self.nheads})", lambda v: self.nheads % v == 0, "ngroups")
 
@@ -274,18 +278,18 @@ def _are_ids(value: Any) -> bool:
 
 def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ours from a config.json of transformers; what we don't use is ignored."""
-    for name, allowed in (("hidden_act", "silu"), ("quantization_config", None)):
-        if stored.get(name, allowed) != allowed:
-            raise ValueError(f"{name} of a checkpoint must be {allowed!r} here, got {stored[name]!r}")
+    for name, *allowed in (("hidden_act", "silu", "swish"), ("quantization_config", None)):
+        if stored.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"{name} of a checkpoint must be {allowed[0]!r} here, got {stored[name]!r}")
     values = {ours: stored[name] for ours, name in TRANSFORMERS_FIELDS.items() if name in stored}
     values = TRANSFORMERS_DEFAULTS | values
     rows = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])
-    vocab_size, multiple = stored.get("unpadded_vocab_size", rows), stored.get("pad_vocab_size_multiple", rows)
     if rows is None:
         return values | {"vocab_size": None}
-    if math.ceil(vocab_size / multiple) * multiple != rows:  # they are of the size before a resize in transformers
-        vocab_size = multiple = rows
-    return values | {"vocab_size": vocab_size, "pad_vocab_size_multiple": multiple}
+    if "transformers_version" in stored or "unpadded_vocab_size" not in stored:  # there each row may be a token
+        return values | {"vocab_size": rows, "pad_vocab_size_multiple": rows}
+    padding = {"vocab_size": "unpadded_vocab_size", "pad_vocab_size_multiple": "pad_vocab_size_multiple"}
+    return values | {ours: stored[name] for ours, name in padding.items()}
 
 
 def _to_transformers(config: Mamba2Config) -> dict[str, Any]:
@@ -1137,16 +1141,18 @@ class Mamba2PreTrained(nn.Module):
         """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
 
         `name` holds config.json and weights in transformers' or state-spaces' format (safetensors or pytorch_model.bin,
-        in one file or sharded). `dtype` None keeps the stored type, `device` None means the CPU. Raises OSError where a
-        file is missing or the hub can't be reached, ValueError for a model that this file does not implement and for
-        tensors that are missing, left over or of another shape. A classifier may be loaded from a language model's
-        checkpoint: its last layer then is new.
+        in one file or sharded). `dtype` None is the type that config.json names or else the stored one, `device` None
+        the CPU. Raises OSError where a file is missing or the hub can't be reached, ValueError for a model that this
+        file does not implement and for tensors that are missing, left over or of another shape. A classifier may be
+        loaded from a language model's checkpoint: its last layer then is new.
         """
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be None or a torch.dtype, got {dtype!r}")
-        config = Mamba2Config.from_checkpoint(_read_config(name))
+        stored = _read_config(name)
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(Mamba2Config.from_checkpoint(stored))
+        named = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
+        dtype = named if dtype is None and isinstance(named, torch.dtype) else dtype
         _load_weights(model, name, device or "cpu", dtype)
         return model.eval()
 
@@ -1577,7 +1583,12 @@ def _read_config(name: str | os.PathLike) -> dict[str, Any]:
     path = _checkpoint_file(name, "config.json")
     if path is None:
         raise OSError(f"can't load {str(name)!r}: it has no config.json")
-    return _read_json(path)
+    stored = _read_json(path)
+    with contextlib.suppress(OSError, ValueError):  # where to stop may stand in another file
+        path = _checkpoint_file(name, "generation_config.json")
+        if path is not None and (eos := _read_json(path).get("eos_token_id")) is not None:
+            stored["eos_token_id"] = eos
+    return stored
 
 
 def _stored_tensors(name: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
@@ -1614,24 +1625,33 @@ HEADS = {"lm_head.weight", "classifier.weight", "classifier.bias"}
 def _load_weights(model: Mamba2PreTrained, name: str | os.PathLike, device: Any, dtype: torch.dtype | None) -> None:
     """Give a model on the meta device the weights of a checkpoint, converted one at a time."""
     wanted = dict(model.named_parameters())
-    inside = hasattr(model, "backbone")
-    found, unexpected, misshapen = set(), [], []
+    inside, tied = hasattr(model, "backbone"), hasattr(model, "lm_head") and "lm_head.weight" not in wanted
+    found, unexpected, misshapen, head = set(), [], [], None
+
+    def take(key: str, tensor: Tensor) -> None:
+        found.add(key)
+        if tensor.shape == (shape := model.get_parameter(key).shape):
+            _set_parameter(model, key, tensor.to(device, dtype, copy=True))
+        else:
+            misshapen.append(f"{key} {tuple(tensor.shape)} for {tuple(shape)}")
+
     for key, tensor in _stored_tensors(name):
         key = key.replace("backbone.embedding.", "backbone.embeddings.")
         if not inside:
             key = key.removeprefix("backbone.")
         elif f"backbone.{key}" in wanted:  # the checkpoint of a model without a head
             key = f"backbone.{key}"
-        if key in HEADS - wanted.keys():
-            continue  # tied to the embedding, or a head that this model lacks
-        if key not in wanted:
+        if key in wanted:
+            take(key, tensor)
+        elif key == "lm_head.weight" and tied:
+            head = tensor
+        elif key not in HEADS:  # a head that this model lacks is left out
             unexpected.append(key)
-            continue
-        found.add(key)
-        if tensor.shape == wanted[key].shape:
-            _set_parameter(model, key, tensor.to(device, dtype, copy=True))
-        else:
-            misshapen.append(f"{key} {tuple(tensor.shape)} for {tuple(wanted[key].shape)}")
+    if head is not None and "backbone.embeddings.weight" not in found:
+        take("backbone.embeddings.weight", head)
+    elif not (head is None or misshapen or torch.equal(head.to(device, dtype), model.backbone.embeddings.weight)):
+        model.config.tie_embeddings = False  # the config is wrong; transformers, too, believes the tensors
+        take("lm_head.weight", head)
     new = {"classifier.weight", "classifier.bias"} & wanted.keys()
     if new and not new & found:  # a language model's checkpoint
         model.reset_classifier(device, dtype)
@@ -1660,13 +1680,21 @@ def _set_parameter(model: nn.Module, key: str, tensor: Tensor) -> None:
 def _save(model: Mamba2PreTrained, directory: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
-    config, tensors = model.config, {name: parameter.detach() for name, parameter in model.named_parameters()}
+    config = model.config
+    tensors = {name.replace("_orig_mod.", ""): value.detach() for name, value in model.named_parameters()}  # compiled
     architecture = type(model).__name__
     if isinstance(model, Mamba2ForCausalLM):  # subclasses too, whose names no other library knows
         architecture = config.architecture
         config = replace(config, tie_embeddings="lm_head.weight" not in tensors)  # there it is the embedding
+    wanted = {}
+    with contextlib.suppress(TypeError), torch.device("meta"):  # a subclass may need more than a config
+        wanted = dict(type(model)(config).named_parameters())
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        what = "(wrapped, parametrized or shared with another): nothing could load what is left"
+        raise ValueError(f"can't store {type(model).__name__}: it has no tensor {_some(missing)} {what}")
     stored = {"architectures": [architecture], **config.to_checkpoint()}
-    stored["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if len(types := {tensor.dtype for tensor in tensors.values()}) == 1:
+        stored["dtype"] = str(*types).removeprefix("torch.")
     text = json.dumps(stored, indent=2) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:

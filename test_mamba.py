@@ -1464,7 +1464,8 @@ def test_absent_fields_take_the_defaults_of_transformers(settings, tmp_path):
 
 def test_special_tokens_are_kept(file, tmp_path):
     theirs = transformers_model(file.name, 0.1)
-    theirs.config.bos_token_id, theirs.config.eos_token_id, theirs.config.pad_token_id = 3, [4, 5], 6
+    theirs.config.bos_token_id, theirs.config.pad_token_id = 3, 6
+    theirs.generation_config.eos_token_id = [4, 5]  # in another file, which counts more
     theirs.save_pretrained(tmp_path / "theirs")
     file.LM.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
     kept = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
@@ -2596,6 +2597,114 @@ def test_what_is_stored_is_tied_if_the_model_is(file, tie, tmp_path):
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert error(their_logits(theirs, ids), logits_of(model, ids)) <= 2e-6
+
+
+@pytest.mark.parametrize("settings", ["mamba", "falcon_mamba", "mamba2 expand 1, conv 2"])
+@pytest.mark.parametrize("tensors", ["a head of its own", "only a head"])
+def test_tensors_count_more_than_a_config_that_says_tied(settings, tensors, tmp_path):
+    theirs, ids = transformers_model(settings, 0.1, tie_word_embeddings=True), random_ids(2, 9)
+    theirs.save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    embeddings = weights["backbone.embeddings.weight"]
+    if tensors == "only a head":
+        weights["lm_head.weight"] = weights.pop("backbone.embeddings.weight")
+    else:
+        weights["lm_head.weight"] = embeddings + 0.1 * torch.randn(embeddings.shape)
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs, ours = type(theirs).from_pretrained(tmp_path), file_for(settings).LM.from_pretrained(tmp_path)
+    assert error(logits_of(ours, ids), their_logits(theirs, ids)) <= 2e-6
+    assert ours.config.tie_embeddings == (tensors == "only a head")
+
+
+def test_transformers_reads_whole_numbers_of_a_config(file, tmp_path):
+    whole = dict(dt_min=1, dt_max=2, dt_init_floor=1, norm_epsilon=1, initializer_range=1)
+    whole |= dict(dt_limit=(0, 3)) if file.name == "mamba2" else dict(dt_scale=1, mixer_rms_eps=1)
+    model, ids = tiny(file, d_model=64, **whole), random_ids(2, 7)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert error(their_logits(theirs, ids), logits_of(model, ids)) <= 2e-6
+
+
+def test_tokens_that_transformers_took_from_the_padding_are_generated(file, tmp_path):
+    model = with_fixed_logits(file, torch.zeros(61), pad_vocab_size_multiple=8)  # 64 rows
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs.resize_token_embeddings(64)  # nothing to do: the three rows are there
+    theirs.save_pretrained(tmp_path)
+    logits = logits_of(model, torch.zeros(1, 1, dtype=torch.long))[0, -1]
+    assert logits.argmax() >= 61
+    assert file.LM.from_pretrained(tmp_path).generate(torch.zeros(1, 1, dtype=torch.long), 1, 0)[0, 1] >= 61
+
+
+@pytest.mark.parametrize("key", ["norm.weight", "in_proj.weight", "A_log", "lm_head.weight"])
+def test_a_checkpoint_of_several_types_takes_that_of_its_config(file, key, tmp_path):
+    theirs, ids = transformers_model(file.name, 0.1, tie_word_embeddings=False).bfloat16(), random_ids(2, 9)
+    theirs.save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    some = {name: tensor.float() if name.endswith(key) else tensor for name, tensor in weights.items()}
+    safetensors.torch.save_file(some, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = file.LM.from_pretrained(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and same_weights(model, theirs)
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.data = parameter.data.float() + 1e-4  # bfloat16 has no such number
+    model.save_pretrained(tmp_path)
+    assert same_weights(file.LM.from_pretrained(tmp_path), model)
+    assert logits_of(model, ids).isfinite().all()
+
+
+def test_compiled_layers_are_stored_under_their_own_names(file, tmp_path):
+    model, ids = tiny(file), random_ids(2, 7)
+    expected = logits_of(model, ids)
+    model.backbone.layers[0] = torch.compile(model.backbone.layers[0], backend="eager")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(file.LM.from_pretrained(tmp_path), ids), expected)
+
+
+def share_a_weight(model):
+    first, second = (layer.mixer for layer in model.backbone.layers)
+    second.in_proj.weight = first.in_proj.weight
+    return "backbone.layers.1.mixer.in_proj.weight"
+
+
+def parametrize_a_weight(model):
+    torch.nn.utils.parametrizations.weight_norm(model.backbone.layers[0].mixer.out_proj)
+    return "backbone.layers.0.mixer.out_proj.weight"
+
+
+def drop_a_layer(model):
+    del model.backbone.layers[1]
+    return "backbone.layers.1.mixer.A_log"
+
+
+@pytest.mark.parametrize("change", [share_a_weight, parametrize_a_weight, drop_a_layer])
+def test_a_model_that_nothing_could_load_is_not_stored(file, change, tmp_path):
+    model = tiny(file)
+    model.save_pretrained(tmp_path)
+    before = listing(tmp_path)
+    missing = change(model)
+    with pytest.raises(ValueError, match=re.escape(missing)):
+        model.save_pretrained(tmp_path)
+    assert listing(tmp_path) == before
+
+
+def test_a_subclass_with_arguments_and_weights_of_its_own_is_stored(file, tmp_path):
+    class Larger(file.LM):
+        def __init__(self, config, outputs):
+            super().__init__(config)
+            self.other_head = torch.nn.Linear(config.d_model, outputs)
+
+    Larger(tiny(file).config, outputs=3).save_pretrained(tmp_path)
+    assert "other_head.weight" in safetensors.torch.load_file(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("field, value", [("pad_vocab_size_multiple", None), ("hidden_act", "swish")])
+def test_fields_mean_what_they_mean_in_transformers(file, field, value, tmp_path):
+    theirs, ids = transformers_model(file.name, 0.1), random_ids(2, 7)
+    theirs.save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", **{field: value})
+    theirs = type(theirs).from_pretrained(tmp_path)
+    assert error(logits_of(file.LM.from_pretrained(tmp_path), ids), their_logits(theirs, ids)) <= 2e-6
 
 
 @pytest.mark.parametrize("bias", [False, True])
