@@ -65,7 +65,8 @@ from torch.utils.checkpoint import checkpoint
 # 2. Config
 # ----------------------------------------------------------------------------------------------------------------------
 
-DEFAULT_CHECKPOINT = Path(__file__).parent / "pretrained" / "shakespeare-mamba2"  # of the command line
+HERE = Path(globals().get("__file__", "")).parent  # there is no file when this is pasted into a notebook
+DEFAULT_CHECKPOINT = HERE / "pretrained" / "shakespeare-mamba2"  # of the command line
 
 
 @dataclass
@@ -508,11 +509,11 @@ def ssd(
         if value.ndim != 4:
             raise ValueError(f"{name} must have shape {letters}, got {tuple(value.shape)}")
     (b, l, h, p), (g, n), dtype = x.shape, B.shape[2:], dt.dtype
-    expected = {"dt": (b, l, h), "A": (h,), "B": (b, l, g, n), "C": (b, l, g, n)}
-    expected |= {"initial_state": (b, h, p, n), "D": (h,)}
-    for name, value in zip(expected, (dt, A, B, C, initial_state, D), strict=True):
-        if value is not None and value.shape != expected[name]:
-            raise ValueError(f"{name} must have shape {expected[name]}, got {tuple(value.shape)}")
+    names = ("dt", "A", "B", "C", "initial_state", "D")
+    shapes = ((b, l, h), (h,), (b, l, g, n), (b, l, g, n), (b, h, p, n), (h,))
+    for name, value, shape in zip(names, (dt, A, B, C, initial_state, D), shapes, strict=True):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if h % g or chunk_size < 1:
         allowed = "the groups of B must divide the heads of x, and chunk_size must be positive"
         raise ValueError(f"{allowed}, got {g}, {h} and {chunk_size}")
@@ -1170,6 +1171,14 @@ class Mamba2PreTrained(nn.Module):
         """
         _save(self, Path(directory))
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms.
+
+        The method is timm's. The parameters have state-spaces' mark, `_no_weight_decay`, as well, but copies lose it.
+        """
+        ending = re.compile(r"(A_log|\bD|dt_bias|dt_proj\.bias|norm(_f)?\.weight)$")
+        return {name for name, _ in self.named_parameters() if ending.search(name)}
+
     def get_cache_info(self, inference_params: Any) -> dict[str, float]:
         """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
         return _cache_info(inference_params)
@@ -1323,7 +1332,7 @@ class Mamba2Model(Mamba2Encoder):
         if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.ndim != 2:
             allowed = f"int64 of shape (b, l), or floating point of shape (b, l, d_model = {self.config.d_model})"
             raise ValueError(f"{name} must be {allowed}, got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
-        _check_ids(name, input_ids, self.embeddings.num_embeddings)
+        _check_ids(name, input_ids, len(self.embeddings.weight))
         return self.embeddings(input_ids)
 
 
@@ -1352,10 +1361,30 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """As usual, but a tied head is a copy: safetensors, and so transformers' Trainer, stores no tensor twice."""
-        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        if self.lm_head.weight is self.backbone.embeddings.weight and not keep_vars:
-            state[f"{prefix}lm_head.weight"] = state[f"{prefix}lm_head.weight"].clone()
+        state, head = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars), "lm_head.weight"
+        if self._tied and not keep_vars:
+            state[prefix + head] = state[prefix + head].clone()
         return state
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As usual, but a tied model stays tied with assign=True."""
+        tied = self._tied
+        result = super().load_state_dict(*args, **kwargs)
+        if tied:
+            self.lm_head.weight = self.backbone.embeddings.weight
+        return result
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        tied = self._tied
+        super()._apply(*args, **kwargs)
+        if tied:  # to_empty makes new parameters
+            self.lm_head.weight = self.backbone.embeddings.weight
+        return self
+
+    @property
+    def _tied(self) -> bool:
+        """Whether the head's own weight, not one inside an adapter, is the embedding's."""
+        return self.lm_head._parameters.get("weight", 0) is getattr(self.backbone.embeddings, "weight", None)
 
     def forward(
         self,
@@ -1677,11 +1706,14 @@ def _set_parameter(model: nn.Module, key: str, tensor: Tensor) -> None:
     setattr(owner, leaf, parameter)
 
 
+WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile's, activation checkpointing's
+
+
 def _save(model: Mamba2PreTrained, directory: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     config = model.config
-    tensors = {name.replace("_orig_mod.", ""): value.detach() for name, value in model.named_parameters()}  # compiled
+    tensors = {WRAPPERS.sub("", name): value.detach() for name, value in model.named_parameters()}
     architecture = type(model).__name__
     if isinstance(model, Mamba2ForCausalLM):  # subclasses too, whose names no other library knows
         architecture = config.architecture

@@ -29,7 +29,7 @@ import time
 import tomllib
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import nbformat
 import pytest
@@ -2659,6 +2659,100 @@ def test_compiled_layers_are_stored_under_their_own_names(file, tmp_path):
     model.backbone.layers[0] = torch.compile(model.backbone.layers[0], backend="eager")
     model.save_pretrained(tmp_path)
     assert torch.equal(logits_of(file.LM.from_pretrained(tmp_path), ids), expected)
+
+
+def test_layers_wrapped_for_activation_checkpointing_are_stored_under_their_own_names(file, tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+    model, ids = tiny(file), random_ids(2, 7)
+    expected = logits_of(model, ids)
+    apply_activation_checkpointing(model, check_fn=lambda part: hasattr(part, "mixer"))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(file.LM.from_pretrained(tmp_path), ids), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_under_selective_checkpointing_are_the_same(file, dtype):
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    keep_products = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    model, x = tiny(file).to(dtype).backbone, torch.randn(2, 20, 32)
+
+    def gradients(selective):
+        y = x
+        for layer in model.layers:
+            y = checkpoint(layer, y, use_reentrant=False, context_fn=keep_products) if selective else layer(y)
+        return torch.autograd.grad(y.square().sum(), list(model.layers.parameters()))
+
+    assert all(torch.equal(*pair) for pair in zip(gradients(True), gradients(False), strict=True))
+
+
+class Shell(torch.nn.Module):
+    """A module around another one, whose weight it shows as its own: what adapters do."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+@pytest.mark.parametrize("part", ["lm_head", "embeddings"])
+def test_adapters_around_the_embedding_and_its_tied_head(file, part):
+    model, ids = tiny(file), random_ids(2, 7)
+    before = model.state_dict()
+    owner = model if part == "lm_head" else model.backbone
+    setattr(owner, part, Shell(getattr(owner, part)))
+    assert torch.equal(model.generate(ids, 3, 0), tiny(file).generate(ids, 3, 0))
+    state = {name.replace("base_layer.", ""): value for name, value in model.state_dict().items()}
+    assert state.keys() == before.keys()
+    model.load_state_dict(model.state_dict(), assign=True)
+    model.to(torch.float64)
+    assert f"{part}.base_layer.weight" in {name.removeprefix("backbone.") for name in model.state_dict()}
+
+
+@pytest.mark.parametrize("move", ["assign", "to_empty", "overwrite"])
+def test_a_tied_model_stays_tied(file, move):
+    model, other, ids = tiny(file), tiny(file, noise=0.3), random_ids(2, 7)
+    if move == "to_empty":
+        with torch.device("meta"):
+            model = file.LM(other.config)
+        model.to_empty(device="cpu").load_state_dict(other.state_dict())
+    elif move == "assign":
+        model.load_state_dict(other.state_dict(), assign=True)
+    else:
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        try:
+            model = tiny(file, noise=0.3).double().float()
+        finally:
+            torch.__future__.set_overwrite_module_params_on_conversion(False)
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+    assert torch.equal(logits_of(model, ids), logits_of(other, ids))
+
+
+@pytest.mark.parametrize("head", ["LM", "Classifier", "Encoder"])
+def test_what_should_not_decay_is_known_by_name(file, head):
+    model = tiny(file)
+    if head == "Classifier":
+        model = classifier(file)
+    elif head == "Encoder":
+        model = model.backbone
+    marked = {name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert model.no_weight_decay() == marked and len(marked) > 6
+    assert copy.deepcopy(model).no_weight_decay() == marked
+
+
+def test_a_file_pasted_into_a_notebook_runs(file, monkeypatch):
+    source = Path(file.module.__file__).read_text()
+    pasted = ModuleType(f"pasted_{file.name}")  # a module without __file__
+    monkeypatch.setitem(sys.modules, pasted.__name__, pasted)
+    exec(source, vars(pasted))
+    assert pasted.InferenceParams().seqlen_offset == 0
 
 
 def share_a_weight(model):
