@@ -2260,6 +2260,7 @@ def test_a_step_can_be_exported(file):
         assert all(error(state, exact) < 1e-6 for state, exact in zip(got[1][layer], pair, strict=True))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch.export of torch 2.6 asks for one size")
 def test_forward_can_be_exported_for_any_batch_and_length(file, tmp_path):
     model, sizes = tiny(file), ({0: torch.export.Dim("b"), 1: torch.export.Dim("l")},)
     with torch.no_grad():
