@@ -487,6 +487,32 @@ def test_scan_leaves_its_inputs_alone():
     assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
 
 
+@pytest.mark.parametrize("name", ["dt", "A", "B", "C", "initial_state", "D", "z"])
+def test_the_scan_names_an_argument_that_does_not_fit(name):
+    inputs = dict(zip(("u", "dt", "A", "B", "C", "initial_state"), scan_inputs(2, 6, 4, 3), strict=True))
+    inputs |= dict(D=torch.ones(4).double(), z=torch.ones(2, 6, 4).double())
+    inputs[name] = inputs[name][:1]
+    with pytest.raises(ValueError, match=f"^{name} must have shape"):
+        mamba.selective_scan(**inputs)
+
+
+@pytest.mark.parametrize("setting", ["block_len", "n_parallel"])
+@pytest.mark.parametrize("value", [0, -2])
+def test_the_scan_names_a_wrong_number_of_blocks(setting, value):
+    with pytest.raises(ValueError, match=f"^{setting} must be None or a positive integer, got {value}"):
+        mamba.selective_scan(*scan_inputs(1, 4, 2, 2), **{setting: value})
+
+
+@pytest.mark.parametrize("function", [mamba.selective_scan, mamba2.ssd])
+def test_an_initial_state_in_half_precision_goes_on_in_float32(function):
+    *inputs, state = scan_inputs(2, 40, 4, 3, torch.float32)
+    if function is mamba2.ssd:
+        *inputs, state = ssd_inputs(2, 40, 4, 3, 2, 5, torch.float32)
+    state = state.bfloat16()
+    for got, exact in zip(function(*inputs, state), function(*inputs, state.float()), strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, exact)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # SSD
 # ----------------------------------------------------------------------------------------------------------------------
@@ -563,6 +589,24 @@ def test_ssd_float32_gradients_are_exact_at_any_decay(dt_A):
         assert error(g, wanted) <= max(2e-6, 1.5 * error(p, wanted)), name
 
 
+@pytest.mark.parametrize("name", ["dt", "A", "B", "C", "initial_state", "D"])
+def test_ssd_names_an_argument_that_does_not_fit(name):
+    inputs = dict(zip(("x", "dt", "A", "B", "C", "initial_state"), ssd_inputs(2, 6, 4, 3, 2, 5), strict=True))
+    inputs |= dict(D=torch.ones(4).double())
+    inputs[name] = inputs[name][:, :-1] if name == "B" else inputs[name][:1]  # of B, the rest is measured
+    with pytest.raises(ValueError, match=f"^{name} must have shape"):
+        mamba2.ssd(**inputs)
+
+
+@pytest.mark.parametrize(
+    "message, heads, settings",
+    [("groups", 3, {}), ("chunk_size", 4, dict(chunk_size=0)), ("n_parallel", 4, dict(n_parallel=-1))],
+)
+def test_ssd_names_sizes_that_make_no_sense(message, heads, settings):
+    with pytest.raises(ValueError, match=message):
+        mamba2.ssd(*ssd_inputs(1, 4, heads, 2, 2, 2), **settings)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Gradients of the layers
 # ----------------------------------------------------------------------------------------------------------------------
@@ -628,13 +672,41 @@ def test_gradients_of_the_loss_equal_those_of_transformers(settings, saved):
         assert error(got[name], wanted[name]) <= 2e-4, name
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(file):
-    ids, gradients = random_ids(2, 30), []
-    for gradient_checkpointing in (False, True):
-        model = tiny(file, gradient_checkpointing=gradient_checkpointing).train()
+def test_gradient_checkpointing_runs_a_block_twice_and_gives_the_same_gradients(file):
+    ids, gradients, calls = random_ids(2, 30), {}, {}
+    for mode in ("plain", "saving", "saving, in evaluation"):
+        model = tiny(file, gradient_checkpointing=mode != "plain").train(mode != "saving, in evaluation")
+        calls[mode] = []
+        model.backbone.layers[0].mixer.register_forward_pre_hook(lambda *_, seen=calls[mode]: seen.append(1))
         model(ids, labels=ids)["loss"].backward()
-        gradients.append([p.grad for p in model.parameters()])
-    assert_all_close(gradients[1], gradients[0], 1e-6)
+        gradients[mode] = [p.grad for p in model.parameters()]
+    assert [len(seen) for seen in calls.values()] == [1, 2, 1]
+    for mode in calls:
+        assert_all_close(gradients[mode], gradients["plain"], 1e-6)
+
+
+def test_gradients_of_a_bfloat16_model_are_near_those_in_float32(file):
+    model, ids = tiny(file).to(torch.bfloat16), random_ids(2, 20)
+    exact = copy.deepcopy(model).float()
+    for m in (model, exact):
+        m(ids, labels=ids)["loss"].backward()
+    for (name, p), q in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert error(p.grad, q.grad) <= 0.05, name
+
+
+@pytest.mark.parametrize("function", [mamba.selective_scan, mamba2.ssd])
+def test_a_backward_pass_under_autocast_stays_in_float32(function):
+    inputs = scan_inputs(2, 40, 4, 3, torch.float32)
+    if function is mamba2.ssd:
+        inputs = ssd_inputs(2, 40, 4, 3, 2, 5, torch.float32)
+    gradients = []
+    for inside in (True, False):
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _ = function(*leaves)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            gradients.append(torch.autograd.grad(y.square().sum(), leaves))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -800,6 +872,35 @@ def test_an_encoder_of_the_same_weights_gives_the_same_hidden_states(file):
     encoder.load_state_dict(weights)
     with torch.no_grad():
         assert error(encoder(model.backbone.embeddings.weight[ids]), model.backbone(ids)) <= 1e-7
+
+
+@pytest.mark.parametrize("settings", ["mamba", "falcon_mamba", "mamba2"])
+def test_the_epsilon_of_the_norms_is_the_checkpoints(settings, tmp_path):
+    theirs, ids = transformers_model(settings, 0.1, layer_norm_epsilon=0.5), random_ids(2, 9)
+    theirs.save_pretrained(tmp_path)
+    ours, exact = file_for(settings).LM.from_pretrained(tmp_path), their_logits(theirs, ids)
+    assert error(logits_of(ours, ids), exact) <= 2e-6
+    assert error(ours(ids), exact) <= 2e-6  # with gradients
+    params = file_for(settings).module.InferenceParams()
+    assert error(torch.stack([ours.step(token, params) for token in ids.unbind(1)], 1), exact) <= 5e-6
+
+
+def test_a_step_of_a_bfloat16_model_keeps_the_residual_stream_in_float32(file):
+    model, seen = tiny(file).to(torch.bfloat16), []
+    layer = model.backbone.layers[1]
+    step = layer.step
+    layer.step = lambda x, *states: (seen.append(x.dtype), step(x, *states))[1]
+    model.step(random_ids(2, 1)[:, 0], file.module.InferenceParams())
+    assert seen == [torch.float32]
+
+
+def test_the_decays_of_a_bfloat16_model_are_in_float32(file, monkeypatch):
+    name, seen = ("selective_scan" if file.name == "mamba" else "ssd"), []
+    function = getattr(file.module, name)
+    watched = lambda u, dt, A, *rest, **more: (seen.append(A.dtype), function(u, dt, A, *rest, **more))[1]  # noqa: E731
+    monkeypatch.setattr(file.module, name, watched)
+    logits_of(tiny(file).to(torch.bfloat16), random_ids(2, 5))
+    assert seen == [torch.float32] * 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1079,9 +1180,7 @@ def test_inference_params_count_reset_clone_and_report(file):
     info = model.get_cache_info(params)
     assert info == params.get_cache_info()
     assert info["cached_layers"] == 2 and info["total_tensors"] == 4 and info["seqlen_offset"] == 6
-    assert info["memory_mb"] == pytest.approx(
-        sum(s.numel() * s.element_size() for s in states(params)) / 2**20, rel=0.05
-    )
+    assert info["memory_mb"] == pytest.approx(sum(s.nbytes for s in states(params)) / 1e6)
 
     twin, before = params.clone(), snapshot(params)
     logits_of(model, random_ids(2, 3), params)
@@ -1103,6 +1202,13 @@ def test_the_state_is_as_large_after_1000_tokens_as_after_10(file):
         logits_of(model, piece, params)
         sizes.append([(state.shape, state.untyped_storage().nbytes()) for state in states(params)])
     assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_a_foreign_cache_is_reported_on(file):
+    model, params = tiny(file), OnlyTheDict()
+    logits_of(model, random_ids(2, 5), params)
+    info = model.get_cache_info(params)
+    assert info["cached_layers"] == 2 and info["seqlen_offset"] == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1250,12 +1356,25 @@ WRONG_SETTINGS = [
     dict(num_labels=0),
     dict(pooling_strategy="first"),
     dict(dropout=1.5),
+    dict(n_layer=True),
+    dict(dropout=1.0),
+    dict(norm_epsilon=math.inf),
+    dict(norm_epsilon=math.nan),
+    dict(norm_epsilon=True),
+    *({name: "no"} for name in ("bias", "conv_bias", "residual_in_fp32", "tie_embeddings", "gradient_checkpointing")),
     dict(pad_token_id="<pad>"),
     dict(eos_token_id="</s>"),
     dict(eos_token_id=[1, 2.5]),
 ]
 WRONG_SETTINGS_OF_ONE = {
-    "mamba": [dict(dt_rank="all"), dict(dt_rank=0), dict(d_inner=0), dict(dt_init="zeros"), dict(mixer_rms_eps=-1.0)],
+    "mamba": [
+        dict(dt_rank="all"),
+        dict(dt_rank=0),
+        dict(d_inner=0),
+        dict(dt_init="zeros"),
+        dict(dt_scale=-1.0),
+        dict(mixer_rms_eps=-1.0),
+    ],
     "mamba2": [
         dict(headdim=0),
         dict(headdim=100),
@@ -1502,12 +1621,17 @@ def test_the_stored_type_is_kept_unless_another_is_asked_for(file, stored, tmp_p
     assert {p.dtype for p in transformers.AutoModelForCausalLM.from_pretrained(tmp_path).parameters()} == {stored}
 
 
-def test_a_loaded_model_does_not_depend_on_its_files(file, tmp_path):
-    model, ids = tiny(file), random_ids(1, 10)
-    model.save_pretrained(tmp_path / "model")
-    loaded = file.LM.from_pretrained(tmp_path / "model")
-    shutil.rmtree(tmp_path / "model")
-    assert torch.equal(logits_of(loaded, ids), logits_of(model, ids))
+@pytest.mark.parametrize("filename", ["model.safetensors", "pytorch_model.bin"])
+def test_a_loaded_model_does_not_depend_on_its_files(file, filename, tmp_path):
+    model = tiny(file)
+    model.save_pretrained(tmp_path)
+    if filename.endswith(".bin"):
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / filename)
+    loaded = file.LM.from_pretrained(tmp_path)
+    with open(tmp_path / filename, "r+b") as stored:  # in place, under a mapping that is still open
+        stored.write(bytes((tmp_path / filename).stat().st_size))
+    assert same_weights(loaded, model)
 
 
 def test_loaded_models_are_ready_for_inference_and_training(file, tmp_path):
@@ -1551,15 +1675,17 @@ def break_config(model, monkeypatch):
     model.config.eos_token_id = object()
 
 
-def break_first_rename(model, monkeypatch):
-    monkeypatch.setattr(os, "replace", fail_on_call(1, os.replace))
+def break_rename(number, model, monkeypatch):
+    monkeypatch.setattr(os, "replace", fail_on_call(number, os.replace))
 
 
-def break_second_rename(model, monkeypatch):
-    monkeypatch.setattr(os, "replace", fail_on_call(2, os.replace))
+RENAMES = {f"rename {i}": functools.partial(break_rename, i) for i in (1, 2, 3, 4)}  # two files out, two in
 
 
-@pytest.mark.parametrize("breaking", [break_tensors, break_config, break_first_rename, break_second_rename])
+BREAKING = {"tensors": break_tensors, "config": break_config, **RENAMES}
+
+
+@pytest.mark.parametrize("breaking", BREAKING.values(), ids=BREAKING)
 def test_a_failed_save_leaves_the_old_checkpoint_as_it_was(file, breaking, tmp_path, monkeypatch):
     directory = tmp_path / "model"
     tiny(file).save_pretrained(directory)
@@ -1582,6 +1708,8 @@ def test_a_failed_first_save_leaves_no_files(file, tmp_path, monkeypatch):
 def test_saving_over_a_sharded_checkpoint_replaces_it_and_keeps_other_files(file, tmp_path):
     old = transformers_model(file.name, 0.3)
     old.save_pretrained(tmp_path, max_shard_size="50KB")
+    with_bin_weights(tmp_path, old, shards=3)
+    with_bin_weights(tmp_path, old)
     (tmp_path / "README.md").write_text("kept")
     (tmp_path / "tokenizer.json").write_text("{}")
     new = tiny(file)
@@ -1589,6 +1717,8 @@ def test_saving_over_a_sharded_checkpoint_replaces_it_and_keeps_other_files(file
     assert same_weights(file.LM.from_pretrained(tmp_path), new)
     assert same_weights(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), new)
     assert (tmp_path / "README.md").read_text() == "kept" and (tmp_path / "tokenizer.json").exists()
+    kept = {"README.md", "tokenizer.json", "generation_config.json", "config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} <= kept
 
 
 REFUSED_BY_BOTH = {
@@ -1676,6 +1806,85 @@ def test_a_directory_without_config_or_weights_says_which_file_is_missing(file, 
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises((OSError, ValueError), match=r"model\.safetensors"):
         file.LM.from_pretrained(tmp_path)
+
+
+UNUSUAL = dict(d_model=48, vocab_size=60, pad_vocab_size_multiple=16, d_conv=3, norm_epsilon=1e-3, bias=True)
+UNUSUAL |= dict(residual_in_fp32=False, initializer_range=0.3, bos_token_id=2, eos_token_id=[3, 4], pad_token_id=5)
+UNUSUAL |= dict(num_labels=5, pooling_strategy="max", dropout=0.3, conv_bias=False, tie_embeddings=False)
+UNUSUAL |= dict(dt_min=0.02, dt_max=0.5, dt_init_floor=0.003)
+UNUSUAL_IN_ONE = {
+    "mamba": dict(dt_init="constant", dt_scale=2.0, d_inner=80, dt_rank=5, mixer_rms_eps=1e-4),
+    "mamba2": dict(headdim=24, ngroups=2, dt_limit=(0.1, 2.0)),
+}
+
+
+def test_all_settings_are_kept_in_a_checkpoint(file):
+    config = file.Config(**UNUSUAL, **UNUSUAL_IN_ONE[file.name])
+    assert file.Config.from_checkpoint(json.loads(json.dumps(config.to_checkpoint()))) == config
+
+
+SSM_CFG = {
+    "mamba": dict(dt_rank=3, dt_min=0.01, dt_max=0.2, dt_init="constant", dt_scale=2.0, dt_init_floor=0.005),
+    "mamba2": dict(headdim=16, dt_limit=[0.1, 1.0], A_init_range=[2, 3], dt_min=0.01, dt_max=0.2, dt_init_floor=0.005),
+}
+OF_KERNELS = {
+    "mamba": dict(use_fast_path=False),
+    "mamba2": dict(conv_init=None, use_mem_eff_path=True, rmsnorm=True, D_has_hdim=False, norm_before_gate=False),
+}
+
+
+def test_the_fields_of_ssm_cfg_are_read(file):
+    layer = {"mamba": "Mamba1", "mamba2": "Mamba2"}[file.name]
+    ssm_cfg = {"layer": layer} | SSM_CFG[file.name] | OF_KERNELS[file.name]
+    config = file.Config.from_checkpoint(
+        dict(d_model=32, n_layer=1, vocab_size=50, residual_in_fp32=False, ssm_cfg=ssm_cfg)
+    )
+    assert config.residual_in_fp32 is False
+    for name, value in SSM_CFG[file.name].items():
+        assert getattr(config, name) == (tuple(value) if isinstance(value, list) else value), name
+
+
+def test_written_files_are_as_readable_as_any(file, tmp_path):
+    tiny(file).save_pretrained(tmp_path)
+    file.Config().save_to_json(tmp_path / "settings.json")
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
+
+
+def test_a_failed_save_of_settings_leaves_no_file(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", fail_on_call(1, os.replace))
+    with pytest.raises(OSError, match="Input/output error"):
+        file.Config().save_to_json(tmp_path / "settings.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_with_half_a_head_is_refused(file, tmp_path):
+    model = classifier(file)
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.pop("classifier.bias"))
+    with pytest.raises(ValueError, match=r"missing: classifier\.bias"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_a_missing_shard_is_named(file, tmp_path):
+    transformers_model(file.name, 0.1).save_pretrained(tmp_path, max_shard_size="50KB")
+    missing = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    missing.unlink()
+    with pytest.raises(OSError, match=missing.name):
+        file.LM.from_pretrained(tmp_path)
+
+
+def test_what_can_not_be_on_the_hub_is_not_looked_for_there(file, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(OSError, match="no such directory, and no name of the form owner/model"):
+        file.LM.from_pretrained("nowhere")
+
+
+def test_a_type_given_as_a_word_is_refused(file, tmp_path):
+    tiny(file).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^dtype must be None or a torch\.dtype, got 'bfloat16'"):
+        file.LM.from_pretrained(tmp_path, dtype="bfloat16")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1881,6 +2090,32 @@ def test_half_precision_models_generate_on_each_device(file, device):
     assert out.shape == (2, 15) and out.device == ids.device
 
 
+def test_any_of_several_ids_ends_a_row_which_the_first_fills_up(file):
+    model, ids = tiny(file, noise=0.3), random_ids(4, 6)
+    free = model.generate(ids, 12, temperature=0)[:, 6:]
+    eos = [free[0, 3].item(), free[1, 6].item()]
+    got = model.generate(ids, 12, temperature=0, eos_token_id=eos)[:, 6:].tolist()
+    for row, unstopped in zip(got, free.tolist(), strict=True):
+        end = min((unstopped.index(token) + 1 for token in eos if token in unstopped), default=12)
+        assert row == (unstopped[:end] + 12 * eos[:1])[: len(row)]
+    always_5 = with_fixed_logits(file, torch.eye(8)[5] * 100)
+    assert always_5.generate(random_ids(3, 4, vocab=5), max_new_tokens=9, eos_token_id=[2, 5]).shape == (3, 5)
+
+
+def test_top_p_keeps_no_more_than_it_needs_and_always_the_likeliest(file):
+    even = torch.zeros(1, 4)  # 1/4 each: two hold just 0.5
+    kept = file.module.filter_logits(even, top_p=0.5).isfinite().sum()
+    assert kept == TopPLogitsWarper(0.5)(None, even).isfinite().sum() == 2
+    assert file.module.sample(torch.tensor([[0.0, 1.0]]), top_p=1e-9).item() == 1
+
+
+def test_a_prompt_of_many_rows_is_read_in_shorter_pieces(file):
+    model, sizes = tiny(file, d_model=16, n_layer=1), []
+    model.backbone.layers[0].register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape[:2].numel()))
+    model.generate(random_ids(8, 400), max_new_tokens=1)
+    assert max(sizes) <= file.module.PROMPT_SEGMENT and sum(sizes) == 8 * 400
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Heads, and the snippets of the projects whose users come here
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1969,17 +2204,6 @@ def test_heads_name_the_argument_that_is_wrong(file):
         file.LM(file.Config(d_model=32, n_layer=1, vocab_size=None, **file.tiny))
 
 
-def test_gradient_checkpointing_changes_no_gradient(file):
-    config = dict(d_model=32, n_layer=3, vocab_size=VOCAB, **file.tiny)
-    plain, saving = file.LM(file.Config(**config)), file.LM(file.Config(**config, gradient_checkpointing=True))
-    saving.load_state_dict(plain.state_dict())
-    ids = random_ids(2, 33)
-    for model in (plain, saving):
-        model.train()(ids, labels=ids)["loss"].backward()
-    for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
-        assert torch.allclose(p.grad, q.grad, rtol=1e-5, atol=1e-8), name
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_training_step_compiles_whole_and_gives_the_same_numbers(file, backend):
     if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -1998,6 +2222,39 @@ def test_a_training_step_compiles_whole_and_gives_the_same_numbers(file, backend
         assert error(got, expected) < 1e-5
     with torch.no_grad():
         assert error(compiled(ids), model(ids)) < 1e-5
+
+
+def test_a_bfloat16_model_compiles_for_training(file):
+    torch._dynamo.reset()
+    model, ids, results = tiny(file).to(torch.bfloat16), random_ids(2, 21), []
+    for run_model in (torch.compile(model, backend="aot_eager", fullgraph=True), model):
+        model.zero_grad()
+        run_model(ids, labels=ids)["loss"].backward()
+        results.append([run_model(ids).detach(), *(p.grad for p in model.parameters())])
+    for got, exact in zip(*results, strict=True):
+        assert error(got, exact) <= 0.03
+
+
+def test_fake_results_of_the_operators_have_the_shapes_and_types_of_the_real_ones(file):
+    check = functools.partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
+    leaf = lambda value, dtype: value.to(dtype, copy=True).requires_grad_()  # noqa: E731
+    for dtype in (torch.float32, torch.bfloat16):
+        if file.name == "mamba":
+            u, dt, A, B, C, h = scan_inputs(2, 20, 3, 4, torch.float32)
+            u, z, B, C = (leaf(value, dtype) for value in (u, u, B, C))
+            inputs = (u, leaf(dt, torch.float32), A, B, C, torch.ones(3))
+            check(mamba._scan, (*inputs, h.mT.contiguous(), z, 5, 1, True))
+            y, final, borders = (v.detach() for v in mamba._scan(*inputs, h.mT.contiguous(), z, 5, 1, True))
+            check(mamba._scan_backward, (y, final, *(v.detach() for v in (*inputs, z)), borders, 5, 1))
+        else:
+            x, dt, A, B, C, h = ssd_inputs(2, 20, 4, 3, 2, 5, torch.float32)
+            x, B, C = (leaf(value, dtype) for value in (x, B, C))
+            inputs = (x, leaf(dt, torch.float32), A, B, C, torch.ones(4))
+            check(mamba2._ssd, (*inputs, h, 8, 0, True))
+            y, final, borders = (value.detach() for value in mamba2._ssd(*inputs, h, 8, 0, True))
+            check(mamba2._ssd_backward, (y, final, *(v.detach() for v in inputs), borders, 8, 0))
+        x, before = torch.randn(2, 9, 6, dtype=dtype), torch.randn(2, 4, 6, dtype=dtype)
+        check(file.module._conv, (x, before, torch.randn(4, 6), torch.randn(6)))
 
 
 def gradients_and_results(function, arguments):
@@ -2388,6 +2645,27 @@ def test_the_snippet_of_mamba2_minimal_runs():
     for length in (64, 1, 37, 200):
         assert model(torch.randn(2, length, 768)).shape == (2, length, 768)
     assert mamba2.Mamba2LMHeadModel is mamba2.Mamba2ForCausalLM
+
+
+def test_a_classifier_drops_out_in_training_starts_near_zero_and_answers_in_float32(file):
+    torch.manual_seed(0)
+    model, ids = classifier(file, dropout=0.5), random_ids(2, 5)
+    assert torch.equal(model(ids), model(ids))
+    assert not model.classifier.bias.any()
+    assert model.classifier.weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.3)
+    assert not torch.equal(model.train()(ids), model(ids))
+    assert model.to(torch.bfloat16)(ids).dtype == torch.float32
+
+
+def test_features_continue_from_a_cache_and_take_a_mask(file):
+    torch.manual_seed(0)
+    features = getattr(file.module, file.LM.__name__.replace("CausalLM", "FeatureExtraction"))(tiny(file).config)
+    ids, params = random_ids(2, 9), file.module.InferenceParams()
+    pieces = torch.cat([features(ids[:, :4], params), features(ids[:, 4:], params)], 1)
+    assert error(pieces, features(ids)) <= 5e-6
+    mask = torch.ones(2, 9)
+    mask[0, :3] = 0
+    assert error(features(ids, attention_mask=mask)[:1, 3:], features(ids[:1, 3:])) <= 5e-6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2834,6 +3112,38 @@ def test_a_step_under_autocast_keeps_the_state_in_float32(file, dtype):
     assert error(stepped.float(), whole.float()) <= 0.01
 
 
+@pytest.mark.parametrize("part", ["mixer", "block"])
+def test_a_pre_hook_sees_every_generated_token(file, part):
+    model, lengths = tiny(file), []
+    hooked_parts(model)[part].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    model.generate(random_ids(2, 7), 4, temperature=0)
+    assert lengths == [7, 1, 1, 1]
+
+
+@pytest.mark.parametrize("part", ["norm", "mixer.in_proj", "mixer.out_proj"])
+def test_hooks_see_a_generated_token_as_a_sequence_of_one(file, part):
+    model, shapes = tiny(file), []
+    hooked = model.backbone.layers[0].get_submodule(part)
+    hooked.register_forward_hook(lambda _, inputs, output: shapes.append(tuple(output.shape[:-1])))
+    model.generate(random_ids(2, 7), 3, temperature=0)
+    assert shapes == [(2, 7), (2, 1), (2, 1)]
+
+
+def test_forward_mode_is_refused_for_every_argument(file):
+    x, state, weight = torch.randn(2, 5, 6), torch.zeros(2, 6, 4), torch.randn(6, 1, 4)
+    function, inputs = mamba.selective_scan, scan_inputs(2, 5, 3, 4)
+    arguments = dict(initial_state=inputs[-1], D=torch.ones(3).double(), z=inputs[0])
+    if file.name == "mamba2":
+        function, inputs = mamba2.ssd, ssd_inputs(2, 5, 4, 3, 2, 5)
+        arguments = dict(initial_state=inputs[-1], D=torch.ones(4).double())
+    cases = [(lambda v: file.module.causal_conv(x, state, v, None)[0], weight)]
+    for name, value in arguments.items():
+        cases.append((lambda v, name=name: function(*inputs[:5], **{name: v})[0], value))
+    for case, value in cases:
+        with pytest.raises(NotImplementedError, match="reverse mode"):
+            torch.func.jvp(case, (value,), (value,))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors: one clear one each, naming the argument
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2853,6 +3163,7 @@ WRONG_CALLS = {
     "fractional labels": ("labels", lambda m, p: m(random_ids(2, 5), labels=torch.rand(2, 5))),
     "a mask of another shape": ("attention_mask", lambda m, p: m(random_ids(2, 5), attention_mask=torch.ones(2, 4))),
     "a mask of twos": ("attention_mask", lambda m, p: m(random_ids(2, 5), attention_mask=torch.full((2, 5), 2))),
+    "labels and a count": ("labels", lambda m, p: m(random_ids(2, 5), labels=random_ids(2, 5), num_last_tokens=2)),
     "a negative count": ("num_last_tokens", lambda m, p: m(random_ids(2, 5), num_last_tokens=-1)),
     "a cache of another batch size": ("batch", lambda m, p: m(random_ids(3, 1), p)),
     "a step with a cache of another batch size": ("batch", lambda m, p: m.step(random_ids(3, 1)[:, 0], p)),
@@ -2862,6 +3173,8 @@ WRONG_CALLS = {
     "a negative number of tokens": ("max_new_tokens", lambda m, p: m.generate(random_ids(2, 5), max_new_tokens=-1)),
     "a negative temperature": ("temperature", lambda m, p: m.generate(random_ids(2, 5), temperature=-0.5)),
     "temperature nan": ("temperature", lambda m, p: m.generate(random_ids(2, 5), temperature=math.nan)),
+    "temperature infinity": ("temperature", lambda m, p: m.generate(random_ids(2, 5), temperature=math.inf)),
+    "half a token": ("top_k", lambda m, p: m.generate(random_ids(2, 5), top_k=2.5)),
     "a negative top_k": ("top_k", lambda m, p: m.generate(random_ids(2, 5), top_k=-1)),
     "top_p over one": ("top_p", lambda m, p: m.generate(random_ids(2, 5), top_p=1.5)),
     "top_p zero": ("top_p", lambda m, p: m.generate(random_ids(2, 5), top_p=0.0)),
@@ -2870,6 +3183,10 @@ WRONG_CALLS = {
     "an empty prompt": ("input_ids", lambda m, p: m.generate(random_ids(2, 0))),
     "a prompt of embeddings": ("input_ids", lambda m, p: m.generate(torch.randn(2, 3, 32))),
     "a stream with top_p over one": ("top_p", lambda m, p: next(m.stream(random_ids(1, 5), top_p=1.5))),
+    "a row of padding": (
+        "attention_mask must leave",
+        lambda m, p: m.generate(random_ids(2, 5), attention_mask=torch.tensor([[1] * 5, [0] * 5])),
+    ),
     "a mask for another prompt": (
         "attention_mask",
         lambda m, p: m.generate(random_ids(2, 5), attention_mask=torch.ones(2, 4)),
@@ -3056,6 +3373,62 @@ def test_the_command_line_continues_standard_input(file, alphabet_models):
     done = run_command_line(file, *options, "--top-p", 0.9, "--seed", 1, "--dtype", "bfloat16", stdin="wx")
     assert done.returncode == 0, done.stderr
     assert "wxyzab" in done.stdout.replace("\n", "") and "wxyzabc" not in done.stdout
+
+
+@pytest.fixture
+def streamed(file, monkeypatch, capsys):
+    """streamed(*arguments): what the command line hands to `stream`, by name, with what it printed."""
+
+    def run_main(*arguments):
+        given, stream = {}, file.LM.stream
+
+        def watched(self, *args, **kwargs):
+            given.update(inspect.signature(stream).bind(self, *args, **kwargs).arguments)
+            return stream(self, *args, **kwargs)
+
+        monkeypatch.setattr(file.LM, "stream", watched)
+        assert file.module.main([*map(str, arguments), "--device", "cpu"]) == 0
+        return given | dict(zip(("out", "err"), capsys.readouterr(), strict=True))
+
+    return run_main
+
+
+def test_the_options_of_the_command_line_arrive(file, streamed, alphabet_models):
+    options = {"--max-new-tokens": 4, "--temperature": 0.5, "--top-k": 7, "--top-p": 0.6, "--seed": 3}
+    options |= {"--dtype": "bfloat16", "--model": alphabet_models[file.name]}
+    got = streamed("wx", *itertools.chain(*options.items()))
+    names = ("max_new_tokens", "temperature", "top_k", "top_p")
+    assert [got[name] for name in names] == [4, 0.5, 7, 0.6]
+    assert got["generator"].initial_seed() == 3 and got["self"].lm_head.weight.dtype == torch.bfloat16
+    for part in ("prompt 2 tokens", "generated 4 tokens", "bfloat16"):
+        assert part in got["err"]
+
+
+def test_the_command_line_runs_in_float32_on_a_cpu(file, streamed):
+    assert streamed("ROMEO:", "--max-new-tokens", 2)["self"].lm_head.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("place", ["config.json", "generation_config.json"])
+def test_the_command_line_stops_where_the_checkpoint_says(file, place, streamed, alphabet_models, tmp_path):
+    model = shutil.copytree(alphabet_models[file.name], tmp_path / "model")
+    (model / "generation_config.json").write_text("{}")
+    edit_json(model / place, eos_token_id=[0, byte_tokenizer().convert_tokens_to_ids("z")])
+    got = streamed("wx", "--model", model, "--max-new-tokens", 9, "--temperature", 0)
+    assert got["out"].strip() == "wxyz" and "generated 2 tokens" in got["err"]
+
+
+def test_a_device_that_is_not_there_is_named(file, capsys):
+    missing = next((name for name in ("cuda", "mps") if not getattr(torch, name).is_available()), None)
+    with pytest.raises(SystemExit) as status:
+        file.module.main(["a", "--device", missing])
+    assert status.value.code == 2 and f"--device {missing}" in capsys.readouterr().err
+
+
+def test_letters_of_several_tokens_are_printed_whole(file, monkeypatch, capsys, alphabet_models):
+    text = "é東🐍"
+    monkeypatch.setattr(file.LM, "stream", lambda *_, **__: iter(byte_tokenizer()(text).input_ids))
+    file.module.main(["a", "--model", str(alphabet_models[file.name]), "--device", "cpu"])
+    assert capsys.readouterr().out == f"a{text}\n"
 
 
 def test_ctrl_c_ends_a_command_line_that_waits_for_its_prompt(file):
