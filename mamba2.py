@@ -1678,7 +1678,7 @@ def _load_weights(model: Mamba2PreTrained, name: str | os.PathLike, device: Any,
             unexpected.append(key)
     if head is not None and "backbone.embeddings.weight" not in found:
         take("backbone.embeddings.weight", head)
-    elif not (head is None or misshapen or torch.equal(head.to(device, dtype), model.backbone.embeddings.weight)):
+    elif not (head is None or misshapen or torch.equal(head.to(table := model.backbone.embeddings.weight), table)):
         model.config.tie_embeddings = False  # the config is wrong; transformers, too, believes the tensors
         take("lm_head.weight", head)
     new = {"classifier.weight", "classifier.bias"} & wanted.keys()
@@ -1719,7 +1719,7 @@ def _save(model: Mamba2PreTrained, directory: Path) -> None:
         architecture = config.architecture
         config = replace(config, tie_embeddings="lm_head.weight" not in tensors)  # there it is the embedding
     wanted = {}
-    with contextlib.suppress(TypeError), torch.device("meta"):  # a subclass may need more than a config
+    with contextlib.suppress(Exception), torch.device("meta"):  # a subclass may need more than a config
         wanted = dict(type(model)(config).named_parameters())
     if missing := sorted(wanted.keys() - tensors.keys()):
         what = "(wrapped, parametrized or shared with another): nothing could load what is left"
