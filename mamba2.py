@@ -1142,19 +1142,21 @@ class Mamba2PreTrained(nn.Module):
         """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
 
         `name` holds config.json and weights in transformers' or state-spaces' format (safetensors or pytorch_model.bin,
-        in one file or sharded). `dtype` None is the type that config.json names or else the stored one, `device` None
-        the CPU. Raises OSError where a file is missing or the hub can't be reached, ValueError for a model that this
-        file does not implement and for tensors that are missing, left over or of another shape. A classifier may be
-        loaded from a language model's checkpoint: its last layer then is new.
+        in one file or sharded). `dtype` None keeps the stored type, or where there are several takes config.json's;
+        `device` None means the CPU. Raises OSError where a file is missing or the hub can't be reached, ValueError for
+        a model that this file does not implement and for tensors that are missing, left over or of another shape. A
+        classifier may be loaded from a language model's checkpoint: its last layer then is new.
         """
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype must be None or a torch.dtype, got {dtype!r}")
         stored = _read_config(name)
         with torch.device("meta"):
             model = cls(Mamba2Config.from_checkpoint(stored))
-        named = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
-        dtype = named if dtype is None and isinstance(named, torch.dtype) else dtype
         _load_weights(model, name, device or "cpu", dtype)
+        named = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
+        mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
+        if mixed and dtype is None and isinstance(named, torch.dtype):
+            model.to(named)
         return model.eval()
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:

@@ -1619,6 +1619,8 @@ def test_the_stored_type_is_kept_unless_another_is_asked_for(file, stored, tmp_p
         assert {p.dtype for p in loaded.parameters()} == {wanted}
         assert same_weights(loaded, copy.deepcopy(model).to(wanted))
     assert {p.dtype for p in transformers.AutoModelForCausalLM.from_pretrained(tmp_path).parameters()} == {stored}
+    edit_json(tmp_path / "config.json", dtype="float64")  # what is stored counts
+    assert same_weights(file.LM.from_pretrained(tmp_path), model)
 
 
 @pytest.mark.parametrize("filename", ["model.safetensors", "pytorch_model.bin"])
