@@ -273,7 +273,7 @@ def _is_range(value: Any) -> bool:
 
 
 def _are_ids(value: Any) -> bool:
-    ids = value if isinstance(value, (list, tuple)) else [value]
+    ids = value if isinstance(value, Sequence) else [value]
     return value is None or all(type(token) is int for token in ids)
 
 
@@ -287,10 +287,12 @@ def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
     rows = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])
     if rows is None:
         return values | {"vocab_size": None}
-    if "transformers_version" in stored or "unpadded_vocab_size" not in stored:  # there each row may be a token
-        return values | {"vocab_size": rows, "pad_vocab_size_multiple": rows}
-    padding = {"vocab_size": "unpadded_vocab_size", "pad_vocab_size_multiple": "pad_vocab_size_multiple"}
-    return values | {ours: stored[name] for ours, name in padding.items()}
+    multiple = stored.get("pad_vocab_size_multiple")
+    multiple = multiple if type(multiple) is int and multiple > 0 and rows % multiple == 0 else rows
+    vocab_size = stored.get("unpadded_vocab_size", rows)
+    if "transformers_version" in stored:  # there each row may be a token
+        vocab_size = rows
+    return values | {"vocab_size": vocab_size, "pad_vocab_size_multiple": multiple}
 
 
 def _to_transformers(config: Mamba2Config) -> dict[str, Any]:
@@ -1153,10 +1155,10 @@ class Mamba2PreTrained(nn.Module):
         with torch.device("meta"):
             model = cls(Mamba2Config.from_checkpoint(stored))
         _load_weights(model, name, device or "cpu", dtype)
-        named = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")), None)
+        named = str(stored.get("dtype") or stored.get("torch_dtype")).removeprefix("torch.")
         mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
-        if mixed and dtype is None and isinstance(named, torch.dtype):
-            model.to(named)
+        if mixed and dtype is None and named in ("float64", "float32", "float16", "bfloat16"):
+            model.to(getattr(torch, named))
         return model.eval()
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
@@ -1179,7 +1181,8 @@ class Mamba2PreTrained(nn.Module):
         The method is timm's. The parameters have state-spaces' mark, `_no_weight_decay`, as well, but copies lose it.
         """
         ending = re.compile(r"(A_log|\bD|dt_bias|dt_proj\.bias|norm(_f)?\.weight)$")
-        return {name for name, _ in self.named_parameters() if ending.search(name)}
+        marked = {name for name, parameter in self.named_parameters() if hasattr(parameter, "_no_weight_decay")}
+        return marked | {name for name, _ in self.named_parameters() if ending.search(name)}
 
     def get_cache_info(self, inference_params: Any) -> dict[str, float]:
         """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
@@ -1334,7 +1337,7 @@ class Mamba2Model(Mamba2Encoder):
         if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.ndim != 2:
             allowed = f"int64 of shape (b, l), or floating point of shape (b, l, d_model = {self.config.d_model})"
             raise ValueError(f"{name} must be {allowed}, got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
-        _check_ids(name, input_ids, len(self.embeddings.weight))
+        _check_ids(name, input_ids, getattr(self.embeddings, "num_embeddings", self.config.padded_vocab_size))
         return self.embeddings(input_ids)
 
 
@@ -1368,13 +1371,13 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
             state[prefix + head] = state[prefix + head].clone()
         return state
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As usual, but a tied model stays tied with assign=True."""
-        tied = self._tied
-        result = super().load_state_dict(*args, **kwargs)
-        if tied:
-            self.lm_head.weight = self.backbone.embeddings.weight
-        return result
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
+        names = [f"{prefix}{name}" for name in ("backbone.embeddings.weight", "lm_head.weight")]
+        given = [state_dict[name] for name in names if name in state_dict]
+        assigned = given and local_metadata.get("assign_to_params_buffers")
+        if assigned and self._tied and "weight" in self.backbone.embeddings._parameters:  # two parameters otherwise
+            state_dict |= dict.fromkeys(names, nn.Parameter(given[0], requires_grad=self.lm_head.weight.requires_grad))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         tied = self._tied
@@ -1386,7 +1389,10 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
     @property
     def _tied(self) -> bool:
         """Whether the head's own weight, not one inside an adapter, is the embedding's."""
-        return self.lm_head._parameters.get("weight", 0) is getattr(self.backbone.embeddings, "weight", None)
+        head = getattr(self, "lm_head", None)
+        head = getattr(head, "_orig_mod", head)  # what torch.compile has wrapped
+        weight = getattr(head, "_parameters", {}).get("weight")
+        return weight is not None and weight is getattr(self.backbone.embeddings, "weight", None)
 
     def forward(
         self,
@@ -1615,10 +1621,10 @@ def _read_config(name: str | os.PathLike) -> dict[str, Any]:
     if path is None:
         raise OSError(f"can't load {str(name)!r}: it has no config.json")
     stored = _read_json(path)
-    with contextlib.suppress(OSError, ValueError):  # where to stop may stand in another file
-        path = _checkpoint_file(name, "generation_config.json")
-        if path is not None and (eos := _read_json(path).get("eos_token_id")) is not None:
-            stored["eos_token_id"] = eos
+    with contextlib.suppress(Exception):  # where to stop may stand in another file, which is there or not, and not ours
+        if stored.get("eos_token_id") is None:
+            eos = _read_json(_checkpoint_file(name, "generation_config.json"))["eos_token_id"]
+            stored |= {"eos_token_id": eos} if _are_ids(eos) else {}
     return stored
 
 
@@ -1680,9 +1686,11 @@ def _load_weights(model: Mamba2PreTrained, name: str | os.PathLike, device: Any,
             unexpected.append(key)
     if head is not None and "backbone.embeddings.weight" not in found:
         take("backbone.embeddings.weight", head)
-    elif not (head is None or misshapen or torch.equal(head.to(table := model.backbone.embeddings.weight), table)):
-        model.config.tie_embeddings = False  # the config is wrong; transformers, too, believes the tensors
-        take("lm_head.weight", head)
+    elif head is not None and not misshapen:
+        table = model.backbone.embeddings.weight
+        if not (table.is_meta or torch.equal(head.to(table), table)):
+            model.config.tie_embeddings = False  # the config is wrong; transformers, too, believes the tensors
+            take("lm_head.weight", head)
     new = {"classifier.weight", "classifier.bias"} & wanted.keys()
     if new and not new & found:  # a language model's checkpoint
         model.reset_classifier(device, dtype)
@@ -1719,7 +1727,7 @@ def _save(model: Mamba2PreTrained, directory: Path) -> None:
     architecture = type(model).__name__
     if isinstance(model, Mamba2ForCausalLM):  # subclasses too, whose names no other library knows
         architecture = config.architecture
-        config = replace(config, tie_embeddings="lm_head.weight" not in tensors)  # there it is the embedding
+        config = replace(config, tie_embeddings=model._tied)
     wanted = {}
     with contextlib.suppress(Exception), torch.device("meta"):  # a subclass may need more than a config
         wanted = dict(type(model)(config).named_parameters())
