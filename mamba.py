@@ -1213,17 +1213,20 @@ class MambaForCausalLM(MambaPreTrained):
 
     def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """As usual, but a tied head is a copy: safetensors, and so transformers' Trainer, stores no tensor twice."""
-        state, head = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars), "lm_head.weight"
+        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         if self._tied and not keep_vars:
-            state[prefix + head] = state[prefix + head].clone()
+            for name in state:  # torch.compile may have wrapped the head
+                if name.startswith(f"{prefix}lm_head.") and name.endswith(".weight"):
+                    state[name] = state[name].clone()
         return state
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
-        names = [f"{prefix}{name}" for name in ("backbone.embeddings.weight", "lm_head.weight")]
-        given = [state_dict[name] for name in names if name in state_dict]
-        assigned = given and local_metadata.get("assign_to_params_buffers")
-        if assigned and self._tied and "weight" in self.backbone.embeddings._parameters:  # two parameters otherwise
-            state_dict |= dict.fromkeys(names, nn.Parameter(given[0], requires_grad=self.lm_head.weight.requires_grad))
+        if self._tied and local_metadata.get("assign_to_params_buffers"):  # they would become two parameters
+            names = [f"{prefix}{name}" for name in ("backbone.embeddings.weight", "lm_head.weight")]
+            given = [state_dict[name] for name in names if name in state_dict]
+            if given and all("weight" in part._parameters for part in (self.backbone.embeddings, self.lm_head)):
+                one = nn.Parameter(given[0], requires_grad=self.lm_head.weight.requires_grad)
+                state_dict |= dict.fromkeys(names, one)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:

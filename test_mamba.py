@@ -3078,6 +3078,11 @@ def test_a_compiled_tied_head_is_stored_tied(file, tmp_path):
     model, ids = tiny(file), random_ids(2, 7)
     expected = logits_of(model, ids)
     model.lm_head = torch.compile(model.lm_head, backend="eager")
+    state = model.state_dict()
+    safetensors.torch.save_file(state, tmp_path / "state.safetensors")  # nothing twice
+    for assign in (False, True):
+        model.load_state_dict(state, assign=assign)
+    model.lm_head.weight = model.backbone.embeddings.weight
     model.save_pretrained(tmp_path)
     assert torch.equal(logits_of(file.LM.from_pretrained(tmp_path), ids), expected)
     assert file.LM.from_pretrained(tmp_path).config.tie_embeddings
