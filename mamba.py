@@ -921,7 +921,8 @@ class MambaMixer(nn.Module):
         if config.mixer_rms_eps is not None:  # FalconMamba
             dt, B, C = (F.rms_norm(v.to(dtype), v.shape[-1:], eps=config.mixer_rms_eps).to(v.dtype) for v in (dt, B, C))
         if type(self.dt_proj) is nn.Linear:
-            dt = F.linear(dt, self.dt_proj.weight).to(dtype) + self.dt_proj.bias
+            dt = F.linear(dt, self.dt_proj.weight).to(dtype)
+            dt = dt + self.dt_proj.bias  # not in place: selective checkpointing may have kept the product
         else:  # an adapter around it, say
             dt = self.dt_proj(dt).to(dtype)
         return F.softplus(dt), B, C
@@ -1028,8 +1029,7 @@ class MambaPreTrained(nn.Module):
         The method is timm's. The parameters have state-spaces' mark, `_no_weight_decay`, as well, but copies lose it.
         """
         ending = re.compile(r"(A_log|\bD|dt_bias|dt_proj\.bias|norm(_f)?\.weight)$")
-        marked = {name for name, parameter in self.named_parameters() if hasattr(parameter, "_no_weight_decay")}
-        return marked | {name for name, _ in self.named_parameters() if ending.search(name)}
+        return {name for name, p in self.named_parameters() if ending.search(name) or hasattr(p, "_no_weight_decay")}
 
     def get_cache_info(self, inference_params: Any) -> dict[str, float]:
         """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
@@ -1482,8 +1482,8 @@ def _read_config(name: str | os.PathLike) -> dict[str, Any]:
     if path is None:
         raise OSError(f"can't load {str(name)!r}: it has no config.json")
     stored = _read_json(path)
-    with contextlib.suppress(Exception):  # where to stop may stand in another file, which is there or not, and not ours
-        if stored.get("eos_token_id") is None:
+    with contextlib.suppress(Exception):  # nothing wrong with this second file may stop the loading
+        if "model_type" in stored and stored.get("eos_token_id") is None:
             eos = _read_json(_checkpoint_file(name, "generation_config.json"))["eos_token_id"]
             stored |= {"eos_token_id": eos} if _are_ids(eos) else {}
     return stored
