@@ -4421,9 +4421,10 @@ def test_induction_heads_trains_and_resumes_to_the_same_weights(model, tmp_path,
 
 
 def test_selective_copying_trains_and_resumes_to_the_same_curve(tmp_path, monkeypatch):
-    options = ["--length", 20, "--steps", 4, "--eval-every", 2, "--batch-size", 2, "--lr", 0.001]
+    options = ["--length", 20, "--steps", 4, "--eval-every", 2, "--batch-size", 2, "--lr", 0.001, "--d-inner", 24]
     done = run("examples/selective_copying.py", "--out", tmp_path / "whole", *options)
     assert done.returncode == 0, done.stderr
+    assert re.search("selective, learning rate 0.001, 13,968 parameters", done.stdout)  # 67,008 with 128 channels
     assert re.search(r"(?m)^invariant +0.001 +4 ", done.stdout)
     (tmp_path / "whole" / "other.json").write_text("{}")  # not ours
     assert run("examples/selective_copying.py", "--out", tmp_path / "whole", *options).returncode == 0
@@ -4454,6 +4455,7 @@ BAD_TASKS = {
     "a picture of no known kind": ["induction_heads", ["--out", "{}", "--plot", "plot.doc"]],
     "copying nowhere": ["selective_copying", []],
     "copying in no steps": ["selective_copying", ["--out", "{}", "--steps", "0"]],
+    "copying in no channels": ["selective_copying", ["--out", "{}", "--d-inner", "0"]],
     "copying too short": ["selective_copying", ["--out", "{}", "--length", "15"]],
     "copying on no device": ["selective_copying", ["--out", "{}", "--device", "abacus"]],
 }

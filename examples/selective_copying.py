@@ -7,7 +7,8 @@
 
 16 tokens, drawn from 15 symbols, are scattered at random places of a sequence that is noise otherwise; 16 markers
 follow, and at them the model must answer with the tokens in their order. A convolution can't: it doesn't know where the
-tokens are. Two models are compared, both of 2 layers of width --d-model, with the same short convolution and gate:
+tokens are. Two models are compared, both of 2 layers of width --d-model and --d-inner channels, with the same short
+convolution and gate:
 
     selective    Mamba's: step size dt, B and C are functions of the input
     invariant    dt, B and C are learned constants, each channel has its own: a time-invariant layer like S4 (S4D-Real)
@@ -45,7 +46,7 @@ MEMORIZED = 16  # tokens to remember, and markers
 NOISE, MARKER, VOCABULARY = 15, 16, 17  # the symbols to remember are 0 to 14
 VALIDATION_SEED = 10**9 + 1  # sequences that no training sees
 LAYERS = ("selective", "invariant")
-OPTIONS = ("length", "d_model", "steps", "batch_size", "seed")  # the same for all runs of a table
+OPTIONS = ("length", "d_model", "d_inner", "steps", "batch_size", "seed")  # the same for all runs of a table
 FRESH = ("out", "resume", "device", "threads", "layer", "lr")  # options that a resumed run takes anew
 
 
@@ -65,6 +66,7 @@ def read_options() -> argparse.Namespace:
     add("--lr", type=float, nargs="+", default=(1e-3, 3e-3, 5e-3), help="learning rates, one run each")
     add("--length", type=int, default=256, help="tokens before the markers")
     add("--d-model", type=int, default=64, help="width of both models")
+    add("--d-inner", type=int, help="channels inside their layers; twice the width if not given")
     add("--steps", type=int, default=9000, help="steps of each run")
     add("--batch-size", type=int, default=16)
     add("--eval-every", type=int, default=250, help="steps between evaluations")
@@ -72,8 +74,8 @@ def read_options() -> argparse.Namespace:
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps, ...")
     add("--threads", type=int, default=1, help="CPU threads; a seed gives the same curves for the same number")
     args = parser.parse_args()
-    for name in ("d_model", "steps", "batch_size", "eval_every", "threads"):
-        if getattr(args, name) < 1:
+    for name in ("d_model", "d_inner", "steps", "batch_size", "eval_every", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     if args.length < MEMORIZED:
         raise ValueError(f"length must be at least {MEMORIZED}, got {args.length}")
@@ -114,8 +116,8 @@ class InvariantMixer(MambaMixer):
         return self.out_proj(y * F.silu(z))
 
 
-def build(layer: str, d_model: int = 64) -> MambaForCausalLM:
-    config = MambaConfig(d_model=d_model, n_layer=2, d_state=16, vocab_size=VOCABULARY)
+def build(layer: str, d_model: int = 64, d_inner: int | None = None) -> MambaForCausalLM:
+    config = MambaConfig(d_model=d_model, d_inner=d_inner, n_layer=2, d_state=16, vocab_size=VOCABULARY)
     model = MambaForCausalLM(config)
     if layer == "invariant":
         for i, block in enumerate(model.backbone.layers):
@@ -189,7 +191,8 @@ def train(layer: str, lr: float, args: argparse.Namespace) -> None:
         state = load_state(state_path)
         args = argparse.Namespace(**vars(args) | state["args"])
     torch.manual_seed(args.seed)
-    model, generator = build(layer, args.d_model).to(args.device), torch.Generator().manual_seed(args.seed)
+    model = build(layer, args.d_model, args.d_inner).to(args.device)
+    generator = torch.Generator().manual_seed(args.seed)
     print(f"{layer}, learning rate {lr:g}, {sum(p.numel() for p in model.parameters()):,} parameters, {args.device}")
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     if state["step"]:
