@@ -256,7 +256,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _are_ids(value: Any) -> bool:
-    ids = value if isinstance(value, Sequence) else [value]
+    ids = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
     return value is None or all(type(token) is int for token in ids)
 
 

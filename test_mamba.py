@@ -1364,6 +1364,8 @@ WRONG_SETTINGS = [
     *({name: "no"} for name in ("bias", "conv_bias", "residual_in_fp32", "tie_embeddings", "gradient_checkpointing")),
     dict(pad_token_id="<pad>"),
     dict(eos_token_id="</s>"),
+    dict(eos_token_id=""),
+    dict(eos_token_id=b"\1"),
     dict(eos_token_id=[1, 2.5]),
 ]
 WRONG_SETTINGS_OF_ONE = {
