@@ -959,16 +959,22 @@ def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None
 
 HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # bool() is False
 IS_AMD = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "").startswith("AMD")
+IS_AMD_AVX512 = IS_AMD and torch.backends.cpu.get_cpu_capability() == "AVX512"  # there MKL computes with AVX2
 
 
 class Linear(nn.Linear):
-    """nn.Linear; the few vectors of a decoding step are multiplied in the ways in which CPUs read weights fastest."""
+    """nn.Linear; few vectors, as in decoding, and on some CPUs many are multiplied in the way that is fastest there."""
 
     def forward(self, x: Tensor) -> Tensor:
         count = x.numel() // max(1, x.shape[-1])
         plain = type(self.weight) in (Tensor, nn.Parameter)  # others, quantized ones say, know nn.Linear alone
         open_size = isinstance(count, torch.SymInt)  # in torch.export
-        if torch.is_grad_enabled() or not plain or open_size or not 0 < count <= 16:
+        if not plain or open_size or count == 0:
+            return super().forward(x)
+        many = count >= 512 and count * self.weight.numel() >= 2**25
+        if many and x.is_cpu and x.dtype == torch.float32 and IS_AMD_AVX512:
+            return self._as_convolution(x)
+        if torch.is_grad_enabled() or count > 16:
             return super().forward(x)
         if count == 1 and x.is_cpu and x.dtype == torch.float32 and IS_AMD:  # there MKL reads blocks of rows faster
             blocks = self.weight.unflatten(0, (math.gcd(len(self.weight), 16), -1))
@@ -980,6 +986,18 @@ class Linear(nn.Linear):
         flat = count == 1 and (HAS_AMX or not x.is_cpu or torch.compiler.is_compiling())
         columns = x.reshape(-1) if flat else x.reshape(count, -1).mT  # (i,) or (i, count)
         return (self.weight @ columns).view(-1, count).mT.reshape(*x.shape[:-1], -1)
+
+    def _as_convolution(self, x: Tensor) -> Tensor:
+        """The same, as convolutions over single pixels: oneDNN runs them, with AVX-512, on channels-last views.
+
+        It adds up a pixel's channels one after the other: 256 at most, or it would round off more than MKL does.
+        """
+        images = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2).split(256, dim=1)  # (1, 256, 1, count) each
+        weights = self.weight[..., None, None].split(256, dim=1)
+        y = F.conv2d(images[0], weights[0], self.bias)  # (1, o, 1, count)
+        for image, weight in zip(images[1:], weights[1:], strict=True):
+            y += F.conv2d(image, weight)
+        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 class Mamba2Mixer(nn.Module):

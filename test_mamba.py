@@ -3695,6 +3695,32 @@ def test_linear_is_that_of_torch_for_few_vectors_and_many(file, rows, bias, dtyp
         assert ((got - wanted).abs() <= 2 * torch.finfo(dtype).eps * size).all()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inputs, shape", [(300, (512,)), (300, (2, 300)), (1000, (3, 1, 200)), (129, (1100,))])
+def test_linear_is_that_of_torch_as_a_convolution(file, inputs, shape, bias, monkeypatch):
+    monkeypatch.setattr(file.module, "IS_AMD_AVX512", True)
+    torch.manual_seed(0)
+    layer, calls = file.module.Linear(inputs, 256, bias=bias), []
+    monkeypatch.setattr(F, "conv2d", lambda *given, conv=F.conv2d: calls.append(1) or conv(*given))
+    x = torch.randn(*shape[:-1], shape[-1], 2 * inputs)[..., ::2].requires_grad_()  # with gaps
+    dy = torch.randn(*shape, 256)
+    got = layer(x)
+    assert len(calls) == -(-inputs // 256) and got.is_contiguous()
+    exact, x_64 = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    wanted = F.linear(x_64, *exact.parameters())
+    assert got.shape == wanted.shape and error(got, wanted) < 1e-6
+    got = torch.autograd.grad(got, [x, *layer.parameters()], dy)
+    wanted = torch.autograd.grad(wanted, [x_64, *exact.parameters()], dy.double())
+    for one, other in zip(got, wanted, strict=True):
+        assert one.shape == other.shape and error(one, other) < 2e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    x = x.detach().double()
+    assert torch.equal(exact(x), F.linear(x, *exact.parameters()))
+    layer, x = layer.bfloat16(), x.bfloat16()
+    assert torch.equal(layer(x), F.linear(x, *layer.parameters()))
+
+
 @pytest.mark.slow
 def test_forward_is_near_the_limit_and_ahead_of_transformers(file, two_threads):
     torch.manual_seed(0)
