@@ -826,6 +826,10 @@ HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # bool() is Fals
 IS_AMD = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "").startswith("AMD")
 IS_AMD_AVX512 = IS_AMD and torch.backends.cpu.get_cpu_capability() == "AVX512"  # there MKL computes with AVX2
 
+# glibc returns freed memory to the system, and the next layer waits for each of its pages again. Once a block of this
+# size, the largest that counts, was freed, it keeps 64 MB.
+torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
+
 
 class Linear(nn.Linear):
     """nn.Linear; few vectors, as in decoding, and on some CPUs many are multiplied in the way that is fastest there."""
@@ -876,7 +880,7 @@ class MambaMixer(nn.Module):
         self.in_proj = Linear(config.d_model, 2 * e, bias=config.bias)
         self.conv1d = nn.Conv1d(e, e, config.d_conv, groups=e, bias=config.conv_bias)
         self.x_proj = Linear(e, dt_rank + 2 * n, bias=False)
-        self.dt_proj = nn.Linear(dt_rank, e)
+        self.dt_proj = Linear(dt_rank, e)
         self.A_log = nn.Parameter(torch.empty(e, n))
         self.D = nn.Parameter(torch.empty(e))
         self.out_proj = Linear(e, config.d_model, bias=config.bias)
@@ -938,10 +942,10 @@ class MambaMixer(nn.Module):
         dtype = torch.promote_types(self.A_log.dtype, torch.float32)
         if config.mixer_rms_eps is not None:  # FalconMamba
             dt, B, C = (F.rms_norm(v.to(dtype), v.shape[-1:], eps=config.mixer_rms_eps).to(v.dtype) for v in (dt, B, C))
-        if type(self.dt_proj) is nn.Linear:
+        if type(self.dt_proj) is Linear and dt.dtype != dtype:  # the bias is not rounded to the product's type
             dt = F.linear(dt, self.dt_proj.weight).to(dtype)
             dt = dt + self.dt_proj.bias  # not in place: selective checkpointing may have kept the product
-        else:  # an adapter around it, say
+        else:
             dt = self.dt_proj(dt).to(dtype)
         return F.softplus(dt), B, C
 

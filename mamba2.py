@@ -961,6 +961,10 @@ HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # bool() is Fals
 IS_AMD = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "").startswith("AMD")
 IS_AMD_AVX512 = IS_AMD and torch.backends.cpu.get_cpu_capability() == "AVX512"  # there MKL computes with AVX2
 
+# glibc returns freed memory to the system, and the next layer waits for each of its pages again. Once a block of this
+# size, the largest that counts, was freed, it keeps 64 MB.
+torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
+
 
 class Linear(nn.Linear):
     """nn.Linear; few vectors, as in decoding, and on some CPUs many are multiplied in the way that is fastest there."""

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import re
 import shutil
 import signal
@@ -3719,6 +3720,37 @@ def test_linear_is_that_of_torch_as_a_convolution(file, inputs, shape, bias, mon
     assert torch.equal(exact(x), F.linear(x, *exact.parameters()))
     layer, x = layer.bfloat16(), x.bfloat16()
     assert torch.equal(layer(x), F.linear(x, *layer.parameters()))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not mamba.IS_AMD_AVX512, reason="many vectors are multiplied as by nn.Linear")
+@pytest.mark.parametrize("inputs", [768, 1536, 5120])
+def test_products_as_convolutions_are_about_as_near_to_float64(file, inputs):
+    torch.manual_seed(0)
+    x, layer = torch.randn(600, inputs), file.module.Linear(inputs, 700, bias=False)
+    exact = F.linear(x.double(), layer.weight.double())
+    ours, theirs = ((y - exact).square().mean().sqrt() for y in (layer(x), F.linear(x, layer.weight)))
+    assert ours <= 1.5 * theirs
+
+
+FAULTS_OF_LAYER = """
+import importlib, itertools, resource, statistics, sys, torch
+module, name = importlib.import_module(sys.argv[1]), sys.argv[2]
+layer, x = getattr(module, name + "Mixer")(getattr(module, name + "Config")()), torch.randn(1, 512, 768)
+faults = [0]
+for _ in range(30):
+    with torch.no_grad():
+        layer(x)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(statistics.median(after - before for before, after in itertools.pairwise(faults)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this is about glibc's malloc")
+def test_a_layer_computes_in_memory_that_the_process_has(file):
+    name = file.LM.__name__.removesuffix("ForCausalLM")
+    faults = float(run("-c", FAULTS_OF_LAYER, file.name, name, OMP_NUM_THREADS=2).stdout)
+    assert faults < 200  # of 4 kB each; thousands where glibc gave the memory back
 
 
 @pytest.mark.slow
