@@ -849,7 +849,8 @@ class Linear(nn.Linear):
             blocks = self.weight.unflatten(0, (math.gcd(len(self.weight), 16), -1))
             y = torch.bmm(blocks, x.reshape(1, -1).mT.expand(len(blocks), -1, -1)).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
-        if self.bias is not None:  # it would be rounded twice below
+        # what is below would round twice with a bias, and reads bfloat16 more slowly than oneDNN on such a CPU
+        if self.bias is not None or (count > 1 and x.dtype == torch.bfloat16 and IS_AMD_AVX512):
             return super().forward(x)
         # a product with a vector is torch.mv, which CPUs without AMX run slower than that with a matrix of one column
         flat = count == 1 and (HAS_AMX or not x.is_cpu or torch.compiler.is_compiling())
@@ -865,7 +866,8 @@ class Linear(nn.Linear):
         weights = self.weight[..., None, None].split(256, dim=1)
         y = F.conv2d(images[0], weights[0], self.bias)  # (1, o, 1, count)
         for image, weight in zip(images[1:], weights[1:], strict=True):
-            y += F.conv2d(image, weight)
+            product = F.conv2d(image, weight)  # selective checkpointing may keep it, and y: then not in place
+            y = y + product if torch.is_grad_enabled() else y.add_(product)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 

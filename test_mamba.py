@@ -3685,6 +3685,7 @@ def forward_and_backward(layer, x):
 @pytest.mark.parametrize("amd, amx", [(True, False), (False, True), (False, False)])
 def test_linear_is_that_of_torch_for_few_vectors_and_many(file, rows, bias, dtype, amd, amx, monkeypatch):
     monkeypatch.setattr(file.module, "IS_AMD", amd)
+    monkeypatch.setattr(file.module, "IS_AMD_AVX512", amd)
     monkeypatch.setattr(file.module, "HAS_AMX", amx)
     torch.manual_seed(0)
     layer = file.module.Linear(20, rows, bias=bias).to(dtype)
