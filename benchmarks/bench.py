@@ -904,9 +904,9 @@ seconds is a first run. What is expected to take longer than a minute is left ou
   the table has one. The products inside the scan or SSD do not count. For a generated token: the bytes of the weights
   over the read bandwidth, which is the best of a sum and of products with a vector, row-major, column-major and in
   blocks of rows, over 512 MB.
-- **fastest peer / ours** above 1: ours is faster. **ours / limit** of 1 is what can't be beaten with F.linear; on AMD CPUs
-  with AVX-512, ours calls oneDNN instead. **limit / ours**: how much of the bandwidth is used, for ours and where there
-  is one for ours compiled.
+- **fastest peer / ours** above 1: ours is faster. **ours / limit** of 1 is what can't be beaten with F.linear; on AMD
+  CPUs with AVX-512, ours calls oneDNN instead. **limit / ours**: how much of the bandwidth is used, for ours and where
+  there is one for ours compiled.
 - **q** is the chunk size of SSD, the best of 64, 128 and 256 for each peer and work. Ours keeps its default.
 - **transformers** runs its plain PyTorch path; Mamba-1 has a second one with use_mambapy.
 - **ours, to {SHORT:,} tokens**: a token's time in a long prompt to that in prompts of {SHORT:,} tokens, in turns
