@@ -6,8 +6,8 @@ state, where Mamba has one per channel and state entry. The sequence map then is
 into matrix products: within chunks of the sequence the attention form, across chunks the recurrence. Heads are wide and
 states are large; generation keeps only the state and the last few inputs, however long the text is.
 
-Copy this file into your project; it needs torch and einops (and to load or save checkpoints safetensors and
-huggingface_hub, which come with transformers):
+Copy this file into your project. It needs torch and einops; checkpoints also need safetensors and huggingface_hub,
+which come with transformers.
 
     model = Mamba2ForCausalLM.from_pretrained("state-spaces/mamba2-130m")     # or a directory
     ids = model.generate(input_ids, max_new_tokens=50)                        # (b, l) -> (b, l + 50)
@@ -22,24 +22,22 @@ Glossary
     h, p        H, P                            nheads, the number of heads, and headdim, the width of one
     n           N                               d_state, the size of the state of each channel
     g           G                               ngroups: the heads of a group share B and C
-    c, q        -, Q                            number of chunks, and the steps in one
+    c, q        -, Q                            chunks side by side, and the steps in one
     x, u        X       (b, l, h, p)            input of the state space model
     y           Y       (b, l, h, p)            its output
-    state       H       (b, h, p, n)            its state (`ssm_state` in the cache)
+    state       H       (b, h, p, n)            its state (`ssm_state` in a LayerState)
     dt          Delta   (b, l, h)               step size; large: take the input in, small: keep the state
     A           A       (h,)                    decay rate, negative; the parameter is A_log = log(-A)
-    a           log a   (c, b, h, q)            dt * A, the logarithm of a step's decay
-    L           L       (c, b, h, q, q)         mask of the attention form: the decay from step j to step i
+    a           log a   (b, c, h, q)            dt * A, the logarithm of a step's decay
+    L           L       (b, c, h, q, q)         mask of the attention form: the decay from step j to step i
     B, C        B, C    (b, l, g, n)            input and output projections of the state: the attention's keys, queries
     D           D       (h,)                    skip connection
     z                   (b, l, e)               gate
     conv_state          (b, e + 2 g n, d_conv)  the last inputs of the convolution, newest last
-    k, r, s                                     how SSD is worked on: chunks side by side, rows at once, sets of heads
 """
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -58,15 +56,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Config
-# ----------------------------------------------------------------------------------------------------------------------
-
-HERE = Path(globals().get("__file__", "")).parent  # there is no file when this is pasted into a notebook
-DEFAULT_CHECKPOINT = HERE / "pretrained" / "shakespeare-mamba2"  # of the command line
+# ---------------------------------------------------- 2. Config -------------------------------------------------------
 
 
 @dataclass
@@ -94,21 +86,22 @@ class Mamba2Config:
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     initializer_range: float = 0.02  # standard deviation of the embedding at the start
-    bos_token_id: int | None = None  # kept in checkpoints, as is pad_token_id
-    eos_token_id: int | Sequence[int] | None = None  # for the command line, and kept in checkpoints
+    bos_token_id: int | None = None
+    eos_token_id: int | Sequence[int] | None = None  # where `generate` ends
     pad_token_id: int | None = None
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
     num_labels: int = 2  # the classifier's fields: these three
-    pooling_strategy: str = "last"
+    pooling_strategy: str = "last"  # or "mean" or "max"
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        sizes = ["d_model", "n_layer", "pad_vocab_size_multiple", "d_state", "d_conv", "expand"]
-        sizes += ["headdim", "ngroups", "chunk_size", "num_labels"]
+        sizes = ["d_model", "n_layer", "pad_vocab_size_multiple", "d_state", "d_conv", "expand", "num_labels"]
+        sizes += ["headdim", "ngroups", "chunk_size"]
         self._check("a positive integer", lambda v: type(v) is int and v > 0, *sizes)
         self._check("a positive integer or None", lambda v: v is None or (type(v) is int and v > 0), "vocab_size")
-        self._check("a positive number", lambda v: _is_number(v) and v > 0, "dt_min", "dt_max", "dt_init_floor")
-        self._check("a positive number", lambda v: _is_number(v) and v > 0, "norm_epsilon")
+        numbers = ["dt_min", "dt_max", "dt_init_floor", "norm_epsilon"]
+        self._check("a positive number", lambda v: _is_number(v) and v > 0, *numbers)
+        self._check("at least dt_min", lambda v: v >= self.dt_min, "dt_max")
         self._check("a number, 0 or greater", lambda v: _is_number(v) and v >= 0, "initializer_range")
         self._check("in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1, "dropout")
         switches = ["bias", "conv_bias", "residual_in_fp32", "tie_embeddings", "gradient_checkpointing"]
@@ -116,29 +109,12 @@ class Mamba2Config:
         self._check("'last', 'mean' or 'max'", lambda v: v in ("last", "mean", "max"), "pooling_strategy")
         self._check("None or an integer", lambda v: v is None or type(v) is int, "bos_token_id", "pad_token_id")
         self._check("None, an integer or a list of them", _are_ids, "eos_token_id")
-        self._check(f"at least dt_min ({self.dt_min})", lambda v: v >= self.dt_min, "dt_max")
         self._check("two numbers, 0 <= low <= high", _is_range, "dt_limit")
-        self._check(
-            "two numbers, 0 < low <= high", lambda v: _is_range(v) and v[0] > 0 and v[1] < math.inf, "A_init_range"
-        )
-        for setting in fields(self):  # transformers refuses whole numbers in these
-            if setting.type in (float, float | None) and getattr(self, setting.name) is not None:
-                setattr(self, setting.name, float(getattr(self, setting.name)))
+        allowed = "two finite numbers, 0 < low <= high"
+        self._check(allowed, lambda v: _is_range(v) and v[0] > 0 and v[1] < math.inf, "A_init_range")
         self.dt_limit, self.A_init_range = (tuple(map(float, pair)) for pair in (self.dt_limit, self.A_init_range))
         self._check(f"a divisor of expand * d_model ({self.d_inner})", lambda v: self.d_inner % v == 0, "headdim")
         self._check(f"a divisor of the number of heads ({self.nheads})", lambda v: self.nheads % v == 0, "ngroups")
-
-    def _check(self, allowed: str, test, *names: str) -> None:
-        for name in names:
-            if not test(getattr(self, name)):
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
-
-    @property
-    def padded_vocab_size(self) -> int | None:
-        """Rows of the embedding: vocab_size, rounded up to a multiple of pad_vocab_size_multiple."""
-        if self.vocab_size is None:
-            return None
-        return math.ceil(self.vocab_size / self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
     @property
     def d_inner(self) -> int:
@@ -152,6 +128,17 @@ class Mamba2Config:
     def conv_dim(self) -> int:
         """Channels of the convolution: x, B and C."""
         return self.d_inner + 2 * self.ngroups * self.d_state
+
+    def _check(self, allowed: str, test: Callable[[Any], bool], *names: str) -> None:
+        for name in names:
+            if not test(getattr(self, name)):
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+    @property
+    def padded_vocab_size(self) -> int | None:
+        """Rows of the embedding: vocab_size, rounded up to a multiple of pad_vocab_size_multiple."""
+        multiple = self.pad_vocab_size_multiple
+        return None if self.vocab_size is None else math.ceil(self.vocab_size / multiple) * multiple
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -168,259 +155,32 @@ class Mamba2Config:
         return json.dumps(self.to_dict(), indent=2)
 
     def save_to_json(self, path: str | os.PathLike) -> None:
-        _write_text(Path(path), self.to_json_string() + "\n")
+        Path(path).write_text(self.to_json_string() + "\n")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> Self:
         return cls.from_dict(json.loads(Path(path).read_text()))
-
-    @classmethod
-    def from_checkpoint(cls, stored: Mapping[str, Any]) -> Self:
-        """The settings in a checkpoint's config.json, in transformers' or in state-spaces' format.
-
-        Raises ValueError for a model that this file does not implement, saying what it is.
-        """
-        if "model_type" not in stored:
-            return cls.from_dict(_from_state_spaces(stored, "Mamba2"))
-        model_type = stored["model_type"]
-        if model_type in ("mamba", "falcon_mamba"):
-            raise ValueError(
-                f"config.json describes a Mamba-1 model (model_type {model_type!r}): load it with mamba.py"
-            )
-        if model_type != "mamba2":
-            raise ValueError(f"model_type must be 'mamba2', got {model_type!r}")
-        config = cls.from_dict(_from_transformers(stored))
-        if (num_heads := stored.get("num_heads", 128)) != config.nheads:
-            sizes = f"expand * hidden_size / head_dim ({config.nheads})"
-            raise ValueError(f"num_heads of a checkpoint must be {sizes}, got {num_heads}")
-        return config
-
-    @property
-    def architecture(self) -> str:
-        """The name of the language model's class in transformers."""
-        return "Mamba2ForCausalLM"
-
-    def to_checkpoint(self) -> dict[str, Any]:
-        """The fields of config.json in transformers' format."""
-        own = {"model_type": "mamba2", "num_heads": self.nheads, "chunk_size": self.chunk_size}
-        return own | _to_transformers(self)
-
-
-# Our field: transformers' name for it, and the values that absent ones have there.
-TRANSFORMERS_FIELDS = {
-    "d_model": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "d_state": "state_size",
-    "d_conv": "conv_kernel",
-    "expand": "expand",
-    "headdim": "head_dim",
-    "ngroups": "n_groups",
-    "dt_min": "time_step_min",
-    "dt_max": "time_step_max",
-    "dt_init_floor": "time_step_floor",
-    "dt_limit": "time_step_limit",
-    "bias": "use_bias",
-    "conv_bias": "use_conv_bias",
-    "norm_epsilon": "layer_norm_epsilon",
-    "residual_in_fp32": "residual_in_fp32",
-    "tie_embeddings": "tie_word_embeddings",
-    "initializer_range": "initializer_range",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
-    "num_labels": "num_labels",
-    "pooling_strategy": "pooling_strategy",
-    "dropout": "classifier_dropout",
-}
-TRANSFORMERS_DEFAULTS = {"d_model": 4096, "n_layer": 64, "vocab_size": 32768, "ngroups": 8, "tie_embeddings": False}
-TRANSFORMERS_DEFAULTS |= {"initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
-STATE_SPACES_FIELDS = [
-    "d_model",
-    "n_layer",
-    "vocab_size",
-    "pad_vocab_size_multiple",
-    "residual_in_fp32",
-    "tie_embeddings",
-]
-# The layer's arguments in ssm_cfg: fields of ours, those that must have one value, those that only choose a kernel.
-SSM_CFG_FIELDS = ["d_state", "d_conv", "expand", "headdim", "ngroups", "A_init_range", "dt_min", "dt_max"]
-SSM_CFG_FIELDS += ["dt_init_floor", "dt_limit", "bias", "conv_bias"]
-SSM_CFG_FIXED = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
-SSM_CFG_IGNORED = ["chunk_size", "conv_init", "use_mem_eff_path"]
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it, so that it is there whole or not at all."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_range(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        return False
-    return all(_is_number(v) or v == math.inf for v in value) and 0 <= value[0] <= value[1]
-
-
 def _are_ids(value: Any) -> bool:
-    ids = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else [value]
+    ids = value if isinstance(value, (list, tuple)) else [value]
     return value is None or all(type(token) is int for token in ids)
 
 
-def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ours from a config.json of transformers; what we don't use is ignored."""
-    for name, *allowed in (("hidden_act", "silu", "swish"), ("quantization_config", None)):
-        if stored.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{name} of a checkpoint must be {allowed[0]!r} here, got {stored[name]!r}")
-    values = {ours: stored[name] for ours, name in TRANSFORMERS_FIELDS.items() if name in stored}
-    values = TRANSFORMERS_DEFAULTS | values
-    rows = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])
-    if rows is None:
-        return values | {"vocab_size": None}
-    multiple = stored.get("pad_vocab_size_multiple")
-    multiple = multiple if type(multiple) is int and multiple > 0 and rows % multiple == 0 else rows
-    vocab_size = stored.get("unpadded_vocab_size", rows)
-    if "transformers_version" in stored:  # there each row may be a token
-        vocab_size = rows
-    return values | {"vocab_size": vocab_size, "pad_vocab_size_multiple": multiple}
+def _is_range(value: Any) -> bool:
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return pair and all(_is_number(v) or v == math.inf for v in value) and 0 <= value[0] <= value[1]
 
 
-def _to_transformers(config: Mamba2Config) -> dict[str, Any]:
-    """The fields of a config.json of transformers; it reads vocab_size as the number of rows, padding included."""
-    stored = {name: getattr(config, ours) for ours, name in TRANSFORMERS_FIELDS.items()}
-    stored |= {"vocab_size": config.padded_vocab_size, "unpadded_vocab_size": config.vocab_size}
-    stored |= {"pad_vocab_size_multiple": config.pad_vocab_size_multiple}
-    return stored | {"hidden_act": "silu", "use_cache": True}
-
-
-def _from_state_spaces(stored: Mapping[str, Any], layer: str) -> dict[str, Any]:
-    """Fields of ours from a config.json of state-spaces/mamba whose ssm_cfg must name this layer."""
-    if "d_model" not in stored:
-        raise ValueError("config.json has neither model_type (transformers) nor d_model (state-spaces)")
-    for name, what in (("attn_layer_idx", "attention"), ("d_intermediate", "MLP")):
-        if stored.get(name):
-            raise ValueError(f"{name} must be empty, got {stored[name]!r} (a hybrid with {what} layers): use mamba_ssm")
-    if not stored.get("rms_norm", True):
-        raise ValueError("rms_norm must be true, got false (a model with LayerNorm): use mamba_ssm")
-    ssm_cfg = dict(stored.get("ssm_cfg") or {})
-    if (found := ssm_cfg.pop("layer", "Mamba1")) != layer:
-        where = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py"}.get(found, "mamba_ssm")
-        raise ValueError(f"ssm_cfg['layer'] must be {layer!r} in this file, got {found!r}: use {where}")
-    values = {name: stored[name] for name in STATE_SPACES_FIELDS if name in stored}
-    for name, value in ssm_cfg.items():
-        if name in SSM_CFG_FIELDS:
-            values[name] = value
-        elif name not in SSM_CFG_IGNORED and SSM_CFG_FIXED.get(name, ...) != value:
-            known = ", ".join([*SSM_CFG_FIELDS, *SSM_CFG_FIXED, *SSM_CFG_IGNORED])
-            raise ValueError(f"ssm_cfg[{name!r}] = {value!r} is not implemented here (known: {known}): use mamba_ssm")
-    return values
-
-
-States = dict[int, tuple[Tensor, Tensor]]  # of each layer, by its index: conv_state and ssm_state
-
-
-@dataclass
-class InferenceParams:
-    """The state of every layer after the tokens read so far: all that generation has to remember.
-
-    `key_value_memory_dict[layer] = (conv_state, ssm_state)`; an empty dict is the start of a sequence. Models take any
-    object with that dict. States are written in place: repeat them for more rows, don't expand them. `seqlen_offset`
-    counts the tokens read, padding included, for information.
-    """
-
-    key_value_memory_dict: States = field(default_factory=dict)
-    seqlen_offset: int = 0
-
-    def reset(self) -> None:
-        """Forget everything: the next call starts a new sequence."""
-        self.key_value_memory_dict.clear()
-        self.seqlen_offset = 0
-
-    reset_cache = reset  # MiniMamba's name
-
-    def clone(self) -> "InferenceParams":
-        """A copy with its own states: continue one prefix in several ways."""
-        states = {i: (conv.clone(), ssm.clone()) for i, (conv, ssm) in self.key_value_memory_dict.items()}
-        return InferenceParams(states, self.seqlen_offset)
-
-    def get_cache_info(self) -> dict[str, float]:
-        """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
-        return _cache_info(self)
-
-
-def _cache_info(inference_params: Any) -> dict[str, float]:
-    tensors = [state for states in inference_params.key_value_memory_dict.values() for state in states]
-    return {
-        "memory_mb": sum(state.numel() * state.element_size() for state in tensors) / 1e6,
-        "cached_layers": len(inference_params.key_value_memory_dict),
-        "total_tensors": len(tensors),
-        "seqlen_offset": getattr(inference_params, "seqlen_offset", 0),
-    }
-
-
-def _check_vectors(name: str, x: Tensor, width: int) -> None:
-    """Raise ValueError unless x is floating point of shape (b, l, width)."""
-    if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
-        allowed = f"floating point of shape (b, l, d_model = {width})"
-        raise ValueError(f"{name} must be {allowed}, got {x.dtype} of shape {tuple(x.shape)}")
-
-
-def _check_states(states: tuple[Tensor, Tensor], shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    """Raise ValueError unless a layer's cached states have the shapes that this input and this layer need."""
-    found = tuple(tuple(state.shape) for state in states)
-    if found != shapes:
-        of_batch = f" (batch size {found[0][0]} against the input's {shapes[0][0]})"
-        raise ValueError(f"inference_params must hold states of shapes {shapes}, got {found}{of_batch}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. Structured state space duality (SSD)
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-_NAMESPACE = re.sub(r"^(?=\d)|\W", "_", __name__, flags=re.ASCII)  # of the operators: each copy of the file has its own
-
-
-def _full_precision(function: Callable) -> Callable:
-    """Switch autocast off inside a function: the state is float32 (or float64) also where the layers are not."""
-
-    @functools.wraps(function)
-    def wrapped(x: Tensor, *args, **kwargs):
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast knows no meta device
-            return function(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x, *args, **kwargs)
-
-    return wrapped
-
-
-def _check_reverse_mode(*tensors: Tensor | None) -> None:
-    """Raise NotImplementedError in forward-mode differentiation, where torch takes our operators' derivatives for 0."""
-    if torch.compiler.is_compiling():
-        return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError("there are no forward-mode derivatives (jvp, jacfwd): use reverse mode")
+# ------------------------------------------- 3. State space duality (SSD) ---------------------------------------------
 
 
 def ssd_recurrence(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial_state: Tensor | None = None,
-    *,
-    D: Tensor | None = None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The definition: the linear, recurrent form, one step after the other.
 
@@ -432,41 +192,30 @@ def ssd_recurrence(
     for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
         B_t, C_t = (v.repeat_interleave(h // g, dim=1) for v in (B_t, C_t))  # (b, h, n): heads of a group share them
         decay = torch.exp(dt_t * A)[..., None, None]  # (b, h, 1, 1)
-        state = decay * state + (dt_t[..., None] * x_t)[..., None] * B_t[:, :, None]  # (b, h, p, n)
+        state = torch.addcmul(decay * state, (dt_t[..., None] * x_t)[..., None], B_t[:, :, None])  # + dt x B^T
         ys.append((state @ C_t[..., None]).squeeze(-1))  # (b, h, p)
-    y = torch.stack(ys, 1) if ys else torch.zeros_like(x)
-    return y if D is None else y + D[:, None] * x, state
+    return torch.stack(ys, 1) if ys else torch.zeros_like(x), state
 
 
 def ssd_quadratic(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial_state: Tensor | None = None,
-    *,
-    D: Tensor | None = None,
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The dual, quadratic form: attention whose mask L holds the decays instead of ones, y = (L * C B^T) (dt x).
+    """The dual, quadratic form (section 5): attention whose mask L holds the decays, y = (L * C B^T) (dt x).
 
     Arguments, here all of one type, and results are those of `ssd`, which computes the same numbers in linear time.
     """
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    state = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
     if l == 0:
-        return torch.zeros_like(x), x.new_zeros(b, h, p, n) if initial_state is None else initial_state
+        return torch.zeros_like(x), state
     B, C = (rearrange(v.repeat_interleave(h // g, dim=2), "b l h n -> b h l n") for v in (B, C))
     a = rearrange(dt * A, "b l h -> b h l")
     L = decay_matrix(a)  # (b, h, l, l)
     dtx = rearrange(dt[..., None] * x, "b l h p -> b h l p")
-    y = (L * (C @ B.mT)) @ dtx
-    state = (dtx * L[..., -1, :, None]).mT @ B  # (b, h, p, n)
-    if initial_state is not None:
-        from_start = a.cumsum(-1).exp()[..., None]  # (b, h, l, 1)
-        y = y + from_start * (C @ initial_state.mT)
-        state = state + from_start[..., -1:, :] * initial_state
-    y = rearrange(y, "b h l p -> b l h p")
-    return y if D is None else y + D[:, None] * x, state
+    from_start = a.cumsum(-1).exp()[..., None]  # (b, h, l, 1)
+    y = (L * (C @ B.mT)) @ dtx + from_start * (C @ state.mT)
+    state = from_start[..., -1:, :] * state + (dtx * L[..., -1, :, None]).mT @ B  # (b, h, p, n)
+    return rearrange(y, "b h l p -> b l h p"), state
 
 
 def decay_matrix(a: Tensor) -> Tensor:
@@ -478,7 +227,6 @@ def decay_matrix(a: Tensor) -> Tensor:
     return sums.exp().tril()
 
 
-@_full_precision
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -487,7 +235,6 @@ def ssd(
     C: Tensor,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
-    n_parallel: int | None = None,
     *,
     D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -499,614 +246,141 @@ def ssd(
 
     x: (b, l, h, p); dt: (b, l, h), not negative, its type is that of the computation; A: (h,), negative; B, C:
     (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n) and D: (h,), zero when None. Returns y
-    (b, l, h, p) and the final state (b, h, p, n). Differentiable once, in every argument. Raises ValueError for shapes
-    that don't fit.
+    (b, l, h, p) and the final state (b, h, p, n). Raises ValueError for arguments that don't fit.
 
-    `n_parallel` chunks are worked on side by side: one where a chunk fills a CPU's cache, more where chunks are small,
-    and on a GPU as many as 2^26 elements hold, so that up to there the number of kernels hardly grows with the length.
-    It and `chunk_size` change the work and not the result. The backward pass keeps the states between chunks and
-    computes the rest again.
+    A few chunks are worked on side by side: on a CPU those that stay in its cache, else as many as 2^26 elements hold.
     """
-    for name, value, letters in (("x", x, "(b, l, h, p)"), ("B", B, "(b, l, g, n)")):
-        if value.ndim != 4:
-            raise ValueError(f"{name} must have shape {letters}, got {tuple(value.shape)}")
-    (b, l, h, p), (g, n), dtype = x.shape, B.shape[2:], dt.dtype
-    names = ("dt", "A", "B", "C", "initial_state", "D")
-    shapes = ((b, l, h), (h,), (b, l, g, n), (b, l, g, n), (b, h, p, n), (h,))
-    for name, value, shape in zip(names, (dt, A, B, C, initial_state, D), shapes, strict=True):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    for name, v, letters in (("x", x, "(b, l, h, p)"), ("B", B, "(b, l, g, n)")):
+        if v.ndim != 4:
+            raise ValueError(f"{name} must have shape {letters}, got {tuple(v.shape)}")
+    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
+    shapes = {"dt": (b, l, h), "A": (h,), "B": (b, l, g, n), "C": (b, l, g, n), "D": (h,)}
+    for name, v in {"dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state}.items():
+        if v is not None and (v.shape != (shape := shapes.get(name, (b, h, p, n))) or not v.is_floating_point()):
+            raise ValueError(f"{name} must be real, of shape {shape}, got {v.dtype} of shape {tuple(v.shape)}")
     if h % g or chunk_size < 1:
         allowed = "the groups of B must divide the heads of x, and chunk_size must be positive"
         raise ValueError(f"{allowed}, got {g}, {h} and {chunk_size}")
-    if n_parallel is not None and n_parallel < 1:
-        raise ValueError(f"n_parallel must be None or a positive integer, got {n_parallel}")
-    _check_reverse_mode(x, dt, A, B, C, initial_state, D)
-    state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dtype)
-    D = torch.zeros_like(A) if D is None else D
-    keep = torch.is_grad_enabled() and any(v.requires_grad for v in (x, dt, A, B, C, D, state))
-    y, state, _ = _ssd(x, dt, A, B, C, D, state, chunk_size, n_parallel or 0, keep)
-    return y, state
-
-
-@_full_precision
-def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
-    """`ssd` for one step: x (b, h, p), dt (b, h), B and C (b, g, n), state (b, h, p, n) to y (b, h, p), new state."""
-    state = state * torch.exp(dt * A)[..., None, None]
-    groups = state.unflatten(1, (B.shape[1], -1))  # (b, g, h / g, p, n)
-    dtx = (dt[..., None] * x).unflatten(1, (B.shape[1], -1))  # (b, g, h / g, p)
-    groups.addcmul_(dtx[..., None], B[:, :, None, None].to(dt.dtype))
-    y = groups.flatten(2, 3) @ C[..., None].to(dt.dtype)  # (b, g, (h / g) p, 1)
-    return torch.addcmul(y.view_as(x), x, D[:, None]), state
-
-
-def _tiling(shape: torch.Size, g: int, q: int, device: torch.device, n_parallel: int) -> tuple[int, int, int, int]:
-    """r rows of the batch at once, chunks whose masks are made at once, k chunks side by side, and s sets of heads.
-
-    The heads of a set are joined in the products with B and C, which they share. One product would be the work of all
-    threads at each of its steps: there, every head is a set.
-    """
-    b, l, h, p = shape
-    chunk, mask, count = max(1, q * h * p), max(1, q * q * h), max(1, -(-l // q))
-    if device.type == "cpu":
-        rows = max(1, min(b, 2**17 // chunk))
-        k = n_parallel or max(1, 2**16 // (rows * chunk))
-        return rows, min(count, max(k, 2**20 // (rows * mask))), k, h if rows * k * g == 1 else g
-    rows = max(1, min(b, 2**26 // max(chunk, mask)))  # bounds the memory
-    k = n_parallel or max(1, min(count, 2**26 // (rows * max(chunk, mask))))
-    return rows, k, k, g
-
-
-def _segments(l: int, q: int, most: int) -> list[tuple[slice, int]]:
-    """Cut l steps into segments of at most `most` chunks: (steps, q); a last chunk that is shorter comes on its own."""
-    whole = l - l % q if q else 0
-    segments = [(slice(start, min(start + most * q, whole)), q) for start in range(0, whole, most * q or 1)]
-    return segments + [(slice(whole, l), l - whole)] * (whole < l)
-
-
-def _chunks(v: Tensor, rows: slice, steps: slice, q: int) -> Tensor:
-    """(b, l, ...) to a view of the chunks of a segment: (c, r, q, ...)."""
-    return v[rows, steps].unflatten(1, (-1, q)).transpose(0, 1)
-
-
-def _decay_products_(L: Tensor, a: Tensor) -> None:
-    """Write `decay_matrix(a)` below the diagonal of L (..., 2^k, 2^k), which holds ones on it and zeros above.
-
-    Blocks of twice the size, again and again: what lies below one block on the diagonal and left of the next is the
-    first column of the next, times the decay of its first step, times the last row of the one before. All factors are
-    in [0, 1].
-    """
-    size = L.shape[-1]
-    factors = F.pad(a, (0, size - a.shape[-1])).exp()
-    half = 1
-    while half < size:
-        shape = (size // (2 * half), 2, half)  # m pairs of blocks on the diagonal; m comes last from here on
-        pairs = L.unflatten(-1, shape).unflatten(-4, shape).diagonal(dim1=-6, dim2=-3)  # (..., 2, half, 2, half, m)
-        between = factors.unflatten(-1, shape)[..., 1, 0]  # (..., m)
-        column = pairs[..., 1, :, 1, 0, :] * between[..., None, :]  # (..., half, m)
-        row = pairs[..., 0, -1, 0, :, :]  # (..., half, m)
-        torch.mul(column[..., :, None, :], row[..., None, :, :], out=pairs[..., 1, :, 0, :, :])
-        half *= 2
-    F.threshold_(L, torch.finfo(L.dtype).tiny ** 0.75, 0)  # 4e-29: CPUs are slow with numbers below the normal range
-
-
-def _load(
-    x: Tensor, dt: Tensor, B: Tensor, C: Tensor, rows: slice, steps: slice, q: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The chunks of a segment: x (c, r, q, h, p), dt (c, r, h, q), B and C (c, r, g, q, n)."""
-    x, dt, B, C = (_chunks(v, rows, steps, q).to(dt.dtype) for v in (x, dt, B, C))
-    return x, dt.mT.contiguous(), *(v.transpose(2, 3).contiguous() for v in (B, C))
-
-
-def _space(like: Tensor) -> Callable[[str, tuple[int, ...]], Tensor]:
-    """Memory for intermediates, the same for all chunks of one size; "L" begins as identity matrices."""
-
-    @functools.cache
-    def space(name: str, shape: tuple[int, ...]) -> Tensor:
-        if name != "L":
-            return like.new_empty(shape)
-        return torch.eye(shape[-1], dtype=like.dtype, device=like.device).repeat(*shape[:-2], 1, 1)
-
-    return space
-
-
-def _masks(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, space: Callable) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of chunks dt (c, r, h, q), B and C (c, r, g, q, n): L and G = C B^T, and what decays until and from each step.
-
-    L: (c, r, h, q, q); G: (c, r, g, q, q); from_start, of the state at the start, and to_end, of dt until the end of
-    the chunk: (c, r, h, q).
-    """
-    a = dt * A[:, None]
-    q = a.shape[-1]
-    size = 1 << (q - 1).bit_length()
-    L = space("L", (*a.shape[:-1], size, size))
-    _decay_products_(L, a)
-    L = L[..., :q, :q]
-    from_start = L[..., 0] * a[..., :1].exp()
-    return L, C @ B.mT, from_start, L[..., -1, :] * dt
-
-
-def _per_head(L: Tensor, G: Tensor, out: Tensor) -> Tensor:
-    """L (c, r, h, q, q) * G (c, r, g, q, q), which the heads of a group share."""
-    g = G.shape[2]
-    torch.mul(L.unflatten(2, (g, -1)), G[:, :, :, None], out=out.unflatten(2, (g, -1)))
-    return out
-
-
-def _decay(from_start: Tensor, s: int, p: int) -> Tensor:
-    """From start to end of each chunk, (c, r, h, q), for each channel: (c, r, s, 1, e/s)."""
-    return from_start[..., -1].repeat_interleave(p, dim=-1).unflatten(-1, (s, 1, -1))
-
-
-def _by_step(v: Tensor) -> Tensor:
-    return v.mT[..., None].contiguous()  # (c, r, q, h, 1)
-
-
-def _shared(v: Tensor, s: int) -> Tensor:
-    """B or C (c, r, g, q, n) for each set of heads: (c, r, s, q, n)."""
-    return v[:, :, :, None].expand(-1, -1, -1, s // v.shape[2], -1, -1).flatten(2, 3)
-
-
-def _joined(v: Tensor, s: int) -> Tensor:
-    """(c, r, q, h, p) to (c, r, s, q, e/s): the channels of the heads of a set, side by side."""
-    return v.unflatten(3, (s, -1)).transpose(2, 3).flatten(-2)
-
-
-def _split(v: Tensor, p: int) -> Tensor:
-    """(c, r, s, q, e/s) to (c, r, q, h, p)."""
-    return v.unflatten(-1, (-1, p)).transpose(2, 3).flatten(3, 4)
-
-
-def _bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a @ b, of five dimensions each, written to `out`."""
-    torch.bmm(a.flatten(0, 2), b.flatten(0, 2), out=out.flatten(0, 2))
-    return out
-
-
-def _pass_on(states: Tensor, decay: Tensor, entering: Tensor) -> tuple[Tensor, Tensor]:
-    """The states before each of k chunks (k, r, s, n, e/s), and the one after the last (1, r, s, n, e/s).
-
-    states: (k, r, s, n, e/s), what each chunk adds, overwritten; decay: (k, r, s, 1, e/s); entering: (1, r, s, n, e/s).
-    With S[i] = states[i] + decay[i] S[i-1], all are found in log2(k) rounds.
-    """
-    states[:1].addcmul_(decay[:1], entering)
-    span = 1
-    while span < len(states):
-        states[span:] = torch.addcmul(states[span:], decay[span:], states[:-span])
-        decay = torch.cat([decay[:span], decay[span:] * decay[:-span]])
-        span *= 2
-    return torch.cat([entering, states[:-1]]) if len(states) > 1 else entering, states[-1:]
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::ssd", mutates_args=())
-@_full_precision
-def _ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    h0: Tensor,
-    chunk_size: int,
-    n_parallel: int,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y (b, l, h, p), the final state (b, h, p, n) and, if `keep`, the states before each chunk (c, b, s, n, e/s)."""
-    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    q = max(1, min(chunk_size, l))
-    most_rows, most, k, s = _tiling(x.shape, g, q, x.device, n_parallel)
-    y, final = torch.empty_like(x, dtype=dt.dtype), torch.empty_like(h0)
-    borders = dt.new_empty(-(-l // q) if keep else 0, b, s, n, h * p // s)
-    space, names = _space(dt), itertools.cycle(["states", "states after"])
-    for row in range(0, b, most_rows):
-        rows = slice(row, row + most_rows)
-        state = rearrange(h0[None, rows], "1 r (s h) p n -> 1 r s n (h p)", s=s).contiguous()
-        for steps, q_i in _segments(l, q, most):
-            x_i, dt_i, B_i, C_i = _load(x, dt, B, C, rows, steps, q_i)
-            y_i = _chunks(y, rows, steps, q_i)  # (c, r, q, h, p)
-            L, G, from_start, to_end = _masks(dt_i, A.to(dt.dtype), B_i, C_i, space)
-            scores = _per_head(L, G, space("scores", L.shape)).mul_(dt_i[..., None, :])  # (c, r, h, q, q)
-            scores.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
-            B_i, C_i, decay = _shared(B_i, s), _shared(C_i, s), _decay(from_start, s, p)
-            from_start, to_end = _by_step(from_start), _by_step(to_end)
-            for i in range(0, len(x_i), k):
-                x_k, y_k, B_k, C_k, scores_k = (v[i : i + k] for v in (x_i, y_i, B_i, C_i, scores))
-                # 1. The output of each chunk from its own inputs: attention with the mask L (diagonal blocks).
-                own = _bmm(scores_k, x_k.transpose(2, 3), space("own", x_k.transpose(2, 3).shape))  # (k, r, h, q, p)
-                # 2. The state that each chunk's own inputs leave at its end.
-                left = torch.mul(x_k, to_end[i : i + k], out=space("left", x_k.shape))
-                states = space(next(names), (len(x_k), *state.shape[1:]))
-                states = _bmm(B_k.mT, _joined(left, s), states)  # (k, r, s, n, e/s)
-                # 3. The state at the start of each chunk: a recurrence across chunks.
-                before, state = _pass_on(states, decay[i : i + k], state)
-                # 4. The output from the state at the start of the chunk (off-diagonal blocks).
-                carried = _bmm(C_k, before, space("carried", (*C_k.shape[:-1], h // s * p)))  # (k, r, s, q, e/s)
-                torch.addcmul(own.transpose(2, 3), _split(carried, p), from_start[i : i + k], out=y_k)
-                if keep:
-                    first = steps.start // q + i
-                    borders[first : first + len(before), rows] = before
-        final[rows] = rearrange(state, "1 r s n (h p) -> r (s h) p n", p=p)
-    return y, final, borders
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::ssd_backward", mutates_args=())
-@_full_precision
-def _ssd_backward(
-    dy: Tensor,
-    dh: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    borders: Tensor,
-    chunk_size: int,
-    n_parallel: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, dt, A, B, C, D and the initial state (b, h, p, n), from those of y and the final state."""
-    (b, l, _, p), g = x.shape, B.shape[2]
-    q = max(1, min(chunk_size, l))
-    most_rows, most, k, s = _tiling(x.shape, g, q, x.device, n_parallel)
-    dx, ddt, dB, dC, dh0 = (torch.empty_like(v) for v in (x, dt, B, C, dh))
-    dA, dD = torch.zeros_like(A, dtype=dt.dtype), torch.zeros_like(D, dtype=dt.dtype)
-    space, names = _space(dt), itertools.cycle(["states", "states after"])
-    for row in range(0, b, most_rows):
-        rows = slice(row, row + most_rows)
-        dstate = rearrange(dh[None, rows], "1 r (s h) p n -> 1 r s n (h p)", s=s).contiguous()
-        for steps, q_i in reversed(_segments(l, q, most)):
-            x_i, dt_i, B_i, C_i = _load(x, dt, B, C, rows, steps, q_i)
-            dy_i, dx_i, ddt_i, dB_i, dC_i = (_chunks(v, rows, steps, q_i) for v in (dy, dx, ddt, dB, dC))
-            L_i, G_i, from_start_i, to_end_i = _masks(dt_i, A.to(dt.dtype), B_i, C_i, space)
-            shared = (B_i, C_i, _shared(B_i, s), _shared(C_i, s))
-            given = (dt_i, *shared, L_i, G_i, from_start_i, to_end_i, _decay(from_start_i, s, p))
-            later = dt.new_ones(q_i, q_i).triu()  # later @ v: sums of v over a row and all rows below it
-            for i in reversed(range(0, len(x_i), k)):
-                dt_k, B_k, C_k, B_s, C_s, L, G, from_start, to_end, decay = (v[i : i + k] for v in given)
-                x_k, dy_k = x_i[i : i + k], dy_i[i : i + k].to(dt.dtype)  # (k, r, q, h, p)
-                x_h, dy_h = x_k.transpose(2, 3), dy_k.transpose(2, 3)  # (k, r, h, q, p)
-                first = steps.start // q + i
-                before = borders[first : first + len(x_k), rows]  # (k, r, s, n, e/s)
-
-                # 4 and 3. The state at the start of a chunk: from its outputs, and from the state at its end.
-                product = space("product", x_k.shape)
-                dcarried = _joined(torch.mul(dy_k, _by_step(from_start), out=product), s)  # (k, r, s, q, e/s)
-                dC_k = (dcarried @ before.mT).unflatten(2, (g, -1)).sum(3)  # (k, r, g, q, n)
-                dstates = _bmm(C_s.mT, dcarried, space(next(names), before.shape))
-                if k == 1:
-                    after, dstate = _pass_on(dstates, decay, dstate)
-                else:
-                    after, dstate = _pass_on(dstates.flip(0), decay.flip(0), dstate)
-                    after = after.flip(0)  # the gradient of the state at the end of each chunk
-                carried = _bmm(C_s, before, space("carried", dcarried.shape))
-                dy_carried = torch.mul(dy_k, _split(carried, p), out=product)
-                dfrom_start = dy_carried.sum(-1).mT * from_start  # (k, r, h, q)
-                ddecay = torch.mul(after, before, out=space("product of states", before.shape)).sum(-2)
-                dfrom_start[..., -1] += ddecay.unflatten(-1, (-1, p)).sum(-1).flatten(2) * from_start[..., -1]
-
-                # 2. What a chunk's inputs leave at its end.
-                left = _joined(torch.mul(x_k, _by_step(to_end), out=product), s)  # (k, r, s, q, e/s)
-                dB_k = (left @ after.mT).unflatten(2, (g, -1)).sum(3)  # (k, r, g, q, n)
-                dleft = _split(_bmm(B_s, after, carried), p)  # (k, r, q, h, p)
-                dto_end = torch.mul(x_k, dleft, out=product).sum(-1).mT  # (k, r, h, q)
-
-                # 1. The attention within a chunk.
-                M = _per_head(L, G, space("M", L.shape))  # (k, r, h, q, q)
-                dscores = _bmm(dy_h, x_h.mT, space("dscores", L.shape))
-                dD += dscores.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3))
-                below = later @ torch.mul(dscores, M, out=space("dM", L.shape))  # (k, r, h, q, q)
-                dG = dscores.mul_(L).mul_(dt_k[..., None, :]).unflatten(2, (g, -1)).sum(3)  # (k, r, g, q, q)
-                M.mul_(dt_k[..., None, :]).diagonal(dim1=-2, dim2=-1).add_(D[:, None])
-                dx_h = _bmm(M.mT, dy_h, space("dx", x_h.shape))
-
-                torch.addcmul(dx_h.transpose(2, 3), dleft, _by_step(to_end), out=product)
-                dx_i[i : i + k] = product
-                dB_i[i : i + k] = (dB_k + dG.mT @ C_k).transpose(2, 3)
-                dC_i[i : i + k] = (dC_k + dG @ B_k).transpose(2, 3)
-                # a[k] is a factor of from_start from k on, of to_end before k, and of L[i, j] where j < k <= i.
-                ddt_k = below[..., 0, :] + dto_end * L[..., -1, :]  # (k, r, h, q)
-                da = (below.tril_(-1) @ dt_k[..., None]).squeeze(-1)
-                da += dfrom_start.flip(-1).cumsum(-1).flip(-1)
-                da[..., 1:] += (dto_end * to_end)[..., :-1].cumsum(-1)
-                dA += (da * dt_k).sum((0, 1, 3))
-                ddt_i[i : i + k] = (ddt_k + da * A[:, None]).mT
-        dh0[rows] = rearrange(dstate, "1 r s n (h p) -> r (s h) p n", p=p)
-    return dx, ddt, dA.to(A.dtype), dB, dC, dD.to(D.dtype), dh0
-
-
-@_ssd.register_fake
-def _(x, dt, A, B, C, D, h0, chunk_size, n_parallel, keep):
-    (b, l, h, p), (g, n), q = x.shape, B.shape[2:], max(1, min(chunk_size, x.shape[1]))
-    *_, s = _tiling(x.shape, g, q, x.device, n_parallel)
-    borders = dt.new_empty(-(-l // q) if keep else 0, b, s, n, h * p // s)
-    return torch.empty_like(x, dtype=dt.dtype), torch.empty_like(h0), borders
-
-
-@_ssd_backward.register_fake
-def _(dy, dh, x, dt, A, B, C, D, borders, chunk_size, n_parallel):
-    return tuple(torch.empty_like(v) for v in (x, dt, A, B, C, D, dh))
-
-
-def _ssd_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, _, ctx.chunk_size, ctx.n_parallel, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(False)  # the stored states have none
-
-
-def _ssd_gradients(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple:
-    x, dt, _, B, *_ = saved = ctx.saved_tensors
-    dy = torch.zeros_like(x, dtype=dt.dtype) if dy is None else dy
-    dh = dt.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1]) if dh is None else dh
-    gradients = _ssd_backward(dy, dh, *saved, ctx.chunk_size, ctx.n_parallel)
-    return *gradients, None, None, None
-
-
-_ssd.register_autograd(_ssd_gradients, setup_context=_ssd_setup)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. The layer (section 7)
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def causal_conv(
-    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, lengths: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """A causal depthwise convolution and SiLU: (b, l, c) to the same shape and type, and the new state.
-
-    conv_state: (b, c, k), the inputs before x, newest last; weight: (c, 1, k); lengths: (b,), how many steps of each
-    row are real (the padding follows them and never enters the new state).
-    """
-    _check_reverse_mode(x, conv_state, weight, bias)
-    l, k = x.shape[1], weight.shape[-1]
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    taps = weight[:, 0].t().to(dtype).contiguous()  # (k, c)
-    y = _conv(x, conv_state.mT.to(x.dtype), taps, torch.zeros_like(taps[0]) if bias is None else bias.to(dtype))
-    if lengths is not None:
-        index = lengths[:, None] + torch.arange(k, device=x.device)
-        newest = torch.cat([conv_state.mT, x], dim=1).gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-    elif torch.compiler.is_compiling():  # nothing here compares l with k, so that torch.export can leave it open
-        newest = torch.cat([conv_state.mT, x], dim=1)[:, l:]  # (b, k, c)
-    else:  # the same without a copy of x
-        newest = torch.cat([conv_state.mT[:, min(l, k) :], x[:, max(l - k, 0) :]], dim=1)
-    return y.to(x.dtype), newest.detach().to(weight.dtype).mT.contiguous()
-
-
-def _tiles(x: Tensor) -> list[tuple[slice, int, int]]:
-    """Cut (b, l, c) into tiles (rows, start, length) that stay in a CPU's cache; on other devices there is one tile."""
-    b, l, c = x.shape
-    most = 2**18 if x.device.type == "cpu" else max(1, x.numel())
-    length = max(1, min(l, most // c))
-    rows = max(1, most // (length * c))
-    return [(slice(r, r + rows), s, min(length, l - s)) for r in range(0, b, rows) for s in range(0, l, length)]
-
-
-def _conv_tile(
-    y: Tensor, x: Tensor, before: Tensor, taps: Tensor, bias: Tensor, rows: slice, start: int, length: int
-) -> None:
-    """y = bias + sum over i of taps[k-1-i] * x[t-i], as k shifted multiply-adds: faster on (b, l, c) than nn.Conv1d."""
-    k = taps.shape[0]
-    torch.addcmul(bias, x[rows, start : start + length], taps[-1], out=y)
-    for i in range(1, k):
-        first = min(max(i - start, 0), length)  # the steps before it look at `before`
-        y[:, first:].addcmul_(x[rows, start + first - i : start + length - i], taps[-1 - i])
-        if first:
-            y[:, :first].addcmul_(before[rows, k - i + start : k - i + start + first], taps[-1 - i])
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::causal_conv", mutates_args=())
-def _conv(x: Tensor, before: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    """x: (b, l, c); before: (b, k, c), the inputs before x; taps: (k, c); bias: (c,); result: (b, l, c), as taps."""
-    y = torch.empty(x.shape, dtype=taps.dtype, device=x.device)
-    for rows, start, length in _tiles(x):
-        y_tile = y[rows, start : start + length]
-        _conv_tile(y_tile, x, before, taps, bias, rows, start, length)
-        F.silu(y_tile, inplace=True)
-    return y
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::causal_conv_backward", mutates_args=())
-def _conv_backward(
-    dy: Tensor, x: Tensor, before: Tensor, taps: Tensor, bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, before, taps and bias; what SiLU was applied to is computed again, tile by tile."""
-    k = taps.shape[0]
-    dx, dbefore = torch.zeros(x.shape, dtype=taps.dtype, device=x.device), torch.zeros_like(before, dtype=taps.dtype)
-    dtaps, dbias = torch.zeros_like(taps), torch.zeros_like(bias)
-    for rows, start, length in _tiles(x):
-        dy_tile = dy[rows, start : start + length]
-        y = torch.empty(dy_tile.shape, dtype=taps.dtype, device=x.device)
-        _conv_tile(y, x, before, taps, bias, rows, start, length)
-        g = torch.ops.aten.silu_backward(dy_tile, y)
-        dbias += g.sum((0, 1))
-        for i in range(k):
-            first = min(max(i - start, 0), length)
-            shifted = slice(start + first - i, start + length - i)
-            dx[rows, shifted].addcmul_(g[:, first:], taps[-1 - i])
-            dtaps[-1 - i] += (g[:, first:] * x[rows, shifted]).sum((0, 1))
-            if first:
-                shifted = slice(k - i + start, k - i + start + first)
-                dbefore[rows, shifted].addcmul_(g[:, :first], taps[-1 - i])
-                dtaps[-1 - i] += (g[:, :first] * before[rows, shifted]).sum((0, 1))
-    return dx.to(x.dtype), dbefore.to(before.dtype), dtaps, dbias
-
-
-@_conv.register_fake
-def _(x, before, taps, bias):
-    return torch.empty(x.shape, dtype=taps.dtype, device=x.device)
-
-
-@_conv_backward.register_fake
-def _(dy, x, before, taps, bias):
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, torch.empty_like(before), torch.empty_like(taps), torch.empty_like(bias)
-
-
-_conv.register_autograd(
-    lambda ctx, dy: _conv_backward(dy, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
-
-
-def conv_step(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`causal_conv` for one step: (b, c) to the same shape and type, and the new state."""
-    conv_state = torch.cat([conv_state[..., 1:], x[..., None].to(conv_state.dtype)], dim=-1)  # (b, c, k)
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    y = (conv_state * weight[:, 0].to(dtype)).sum(-1)
-    return F.silu(y if bias is None else y + bias).to(x.dtype), conv_state
-
-
-HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # bool() is False
-IS_AMD = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "").startswith("AMD")
-IS_AMD_AVX512 = IS_AMD and torch.backends.cpu.get_cpu_capability() == "AVX512"  # there MKL computes with AVX2
-
-# glibc returns freed memory to the system, and the next layer waits for each of its pages again. Once a block of this
-# size, the largest that counts, was freed, it keeps 64 MB.
-torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
-
-
-class Linear(nn.Linear):
-    """nn.Linear; few vectors, as in decoding, and on some CPUs many are multiplied in the way that is fastest there."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        count = x.numel() // max(1, x.shape[-1])
-        plain = type(self.weight) in (Tensor, nn.Parameter)  # others, quantized ones say, know nn.Linear alone
-        open_size = isinstance(count, torch.SymInt)  # in torch.export
-        if not plain or open_size or count == 0:
-            return super().forward(x)
-        many = count >= 512 and count * self.weight.numel() >= 2**25
-        if many and x.is_cpu and x.dtype == torch.float32 and IS_AMD_AVX512:
-            return self._as_convolution(x)
-        if torch.is_grad_enabled() or count > 16:
-            return super().forward(x)
-        if count == 1 and x.is_cpu and x.dtype == torch.float32 and IS_AMD:  # there MKL reads blocks of rows faster
-            blocks = self.weight.unflatten(0, (math.gcd(len(self.weight), 16), -1))
-            y = torch.bmm(blocks, x.reshape(1, -1).mT.expand(len(blocks), -1, -1)).view(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
-        # what is below would round twice with a bias, and reads bfloat16 more slowly than oneDNN on such a CPU
-        if self.bias is not None or (count > 1 and x.dtype == torch.bfloat16 and IS_AMD_AVX512):
-            return super().forward(x)
-        # a product with a vector is torch.mv, which CPUs without AMX run slower than that with a matrix of one column
-        flat = count == 1 and (HAS_AMX or not x.is_cpu or torch.compiler.is_compiling())
-        columns = x.reshape(-1) if flat else x.reshape(count, -1).mT  # (i,) or (i, count)
-        return (self.weight @ columns).view(-1, count).mT.reshape(*x.shape[:-1], -1)
-
-    def _as_convolution(self, x: Tensor) -> Tensor:
-        """The same, as convolutions over single pixels: oneDNN runs them, with AVX-512, on channels-last views.
-
-        It adds up a pixel's channels one after the other: 256 at most, or it would round off more than MKL does.
-        """
-        images = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2).split(256, dim=1)  # (1, 256, 1, count) each
-        weights = self.weight[..., None, None].split(256, dim=1)
-        y = F.conv2d(images[0], weights[0], self.bias)  # (1, o, 1, count)
-        for image, weight in zip(images[1:], weights[1:], strict=True):
-            product = F.conv2d(image, weight)  # selective checkpointing may keep it, and y: then not in place
-            y = y + product if torch.is_grad_enabled() else y.add_(product)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-
-
-class Mamba2Mixer(nn.Module):
-    """The Mamba-2 layer, (b, l, d_model) to the same shape: projection, convolution, SSD, gated norm (section 7)."""
-
-    def __init__(self, config: Mamba2Config, layer_idx: int = 0) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        e, h = config.d_inner, config.nheads
-        self.sizes = [e, config.conv_dim, h]  # of z, xBC and dt in in_proj
-        self.in_proj = Linear(config.d_model, sum(self.sizes), bias=config.bias)
-        self.conv1d = nn.Conv1d(
-            config.conv_dim, config.conv_dim, config.d_conv, groups=config.conv_dim, bias=config.conv_bias
-        )
-        self.dt_bias = nn.Parameter(torch.empty(h))
-        self.A_log = nn.Parameter(torch.empty(h))
-        self.D = nn.Parameter(torch.empty(h))
-        self.norm = GatedRMSNorm(e, config.ngroups, config.norm_epsilon)
-        self.out_proj = Linear(e, config.d_model, bias=config.bias)
-        self._init_parameters()
-
-    @torch.no_grad()
-    def _init_parameters(self) -> None:
-        """The initialisation of the official code: dt log-uniform in [dt_min, dt_max], A uniform in A_init_range."""
-        config = self.config
-        self.A_log.uniform_(*config.A_init_range).log_()
-        self.D.fill_(1)
-        log_dt = torch.empty_like(self.dt_bias).uniform_(math.log(config.dt_min), math.log(config.dt_max))
-        dt = log_dt.exp().clamp(min=config.dt_init_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.out_proj.weight.div_(math.sqrt(config.n_layer))
-        for linear in (self.in_proj, self.out_proj):
-            if linear.bias is not None:
-                linear.bias.zero_()
-        for parameter in (self.A_log, self.D, self.dt_bias, self.norm.weight):
-            parameter._no_weight_decay = True
-
-    def forward(self, x: Tensor, inference_params: Any = None, lengths: Tensor | None = None) -> Tensor:
-        """(b, l, d_model) to the same shape.
-
-        inference_params: the states of layer `layer_idx` are taken from it, and replaced by the new ones.
-        lengths: (b,), how many steps of each row are real; padding follows them and leaves the states alone.
-        """
-        _check_vectors("x", x, self.config.d_model)
-        states = None if inference_params is None else inference_params.key_value_memory_dict.get(self.layer_idx)
-        if states is None:
-            states = self.new_states(x.shape[0])
+    x, A, B, C = (v.to(dt.dtype) for v in (x, A, B, C))
+    state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dt.dtype)
+    with _full_precision(x):
+        if l <= 1:
+            y, state = ssd_recurrence(x, dt, A, B, C, state)
         else:
-            _check_states(states, self.state_shapes(x.shape[0]))
-        conv_state, ssm_state = (state.clone() for state in states)  # the backward pass needs them as they are now
-        z, xBC, dt = self.in_proj(x).split(self.sizes, dim=-1)
-        xBC, conv_state = causal_conv(xBC, conv_state, self.conv1d.weight, self.conv1d.bias, lengths)
-        u, B, C = self._heads(xBC)
-        dt = self._step_sizes(dt)  # (b, l, h)
-        if lengths is not None:
-            padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]  # (b, l)
-            dt = dt.masked_fill(padding[..., None], 0)  # dt = 0 leaves the state alone
-        A = -torch.exp(self.A_log.to(dt.dtype))
-        y, ssm_state = ssd(u, dt, A, B, C, ssm_state, self.config.chunk_size, D=self.D)  # (b, l, h, p)
-        if inference_params is not None:
-            inference_params.key_value_memory_dict[self.layer_idx] = (conv_state, ssm_state.detach())
-        return self.out_proj(self.norm(y.flatten(-2), z))
+            y, state = _ssd_by_segments(x * dt[..., None], dt * A, B, C, state, min(chunk_size, l))
+    return y if D is None else torch.addcmul(y, x, D.to(x.dtype)[:, None]), state
 
-    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The convolution's output (..., conv_dim) to u (..., h, p), B and C (..., g, n)."""
-        config = self.config
-        u, B, C = xBC.split([config.d_inner, *[config.ngroups * config.d_state] * 2], dim=-1)
-        B, C = (v.unflatten(-1, (config.ngroups, config.d_state)) for v in (B, C))
-        return u.unflatten(-1, (config.nheads, config.headdim)), B, C
 
-    def _step_sizes(self, dt: Tensor) -> Tensor:
-        dtype = torch.promote_types(self.A_log.dtype, torch.float32)
-        return F.softplus(dt.to(dtype) + self.dt_bias).clamp(*self.config.dt_limit)
+def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off: the state is float32 (or float64) also where the layers are not."""
+    off = x.is_meta or not torch.is_autocast_enabled(x.device.type)  # autocast knows no meta device
+    return contextlib.nullcontext() if off else torch.autocast(x.device.type, enabled=False)
 
-    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token, (b, d_model) to the same shape, and the two new states."""
-        z, xBC, dt = self.in_proj(x).split(self.sizes, dim=-1)
-        xBC, conv_state = conv_step(xBC, conv_state, self.conv1d.weight, self.conv1d.bias)
-        u, B, C = self._heads(xBC)  # (b, h, p), (b, g, n), (b, g, n)
-        dt = self._step_sizes(dt)  # (b, h)
-        y, ssm_state = ssd_step(u, dt, -torch.exp(self.A_log.to(dt.dtype)), B, C, ssm_state, self.D)
-        return self.out_proj(self.norm(y.flatten(-2), z)), conv_state, ssm_state
 
-    def state_shapes(self, batch_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of conv_state and ssm_state."""
-        config = self.config
-        ssm_shape = (batch_size, config.nheads, config.headdim, config.d_state)
-        return (batch_size, config.conv_dim, config.d_conv), ssm_shape
+def _ssd_by_segments(dtx: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor, q: int) -> tuple[Tensor, Tensor]:
+    """SSD of dtx = dt x (b, l, h, p) and a = dt A (b, l, h), as many chunks of q steps at once as memory should hold."""
+    (b, _, h, p), (g, n) = dtx.shape, B.shape[2:]
+    in_cache = dtx.device.type == "cpu" and not torch.compiler.is_compiling()
+    largest = b * h * max(q * q, q * p, p * n)  # elements of a chunk's mask, input or state
+    steps = q * max(1, (2**19 if in_cache else 2**26) // max(1, largest))
+    state = rearrange(state, "b (g k) p n -> b g n (k p)", g=g)  # the heads of a group share B and C: one product
+    ys = []
+    for segment in zip(*(v.split(steps, dim=1) for v in (dtx, a, B, C)), strict=True):
+        y, state = _ssd_segment(*segment, state, q)
+        ys.append(y)
+    return torch.cat(ys, dim=1), rearrange(state, "b g n (k p) -> b (g k) p n", p=p)
 
-    def new_states(self, batch_size: int) -> tuple[Tensor, Tensor]:
-        """Zero states, for the start of a sequence: conv_state in the weights' type, ssm_state in float32 at least."""
-        conv_shape, ssm_shape = self.state_shapes(batch_size)
-        weight = self.conv1d.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return weight.new_zeros(conv_shape), weight.new_zeros(ssm_shape, dtype=dtype)
+
+def _ssd_segment(dtx: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor, q: int) -> tuple[Tensor, Tensor]:
+    """Listing 1 on c chunks side by side: dtx (b, l, h, p), a (b, l, h), state (b, g, n, e/g) to y and the new state."""
+    (_, l, _, p), g = dtx.shape, B.shape[2]
+    if l % q:  # steps with a = dtx = 0 change nothing
+        dtx, B, C = (F.pad(v, (0, 0, 0, 0, 0, -l % q)) for v in (dtx, B, C))
+        a = F.pad(a, (0, 0, 0, -l % q))
+    dtx, a = dtx.unflatten(1, (-1, q)), a.unflatten(1, (-1, q)).mT  # (b, c, q, h, p) and (b, c, h, q)
+    B, C = (v.unflatten(1, (-1, q)).transpose(2, 3) for v in (B, C))  # (b, c, g, q, n)
+    L = decay_matrix(a)  # (b, c, h, q, q)
+
+    # 1. The output of each chunk from its own inputs: attention with the mask L (diagonal blocks).
+    scores = rearrange(L, "b c (g k) i j -> b c g k i j", g=g) * (C @ B.mT)[:, :, :, None]
+    y = scores.flatten(2, 3) @ dtx.transpose(2, 3)  # (b, c, h, q, p)
+
+    # 2. The state that each chunk's own inputs leave at its end.
+    to_end = rearrange(L[..., -1, :], "b c h q -> b c q h 1")
+    left = B.mT @ rearrange(dtx * to_end, "b c q (g k) p -> b c g q (k p)", g=g)  # (b, c, g, n, e/g)
+
+    # 3. The state at the start of each chunk: a recurrence across chunks.
+    from_start = a.cumsum(-1).exp()  # (b, c, h, q)
+    decay = rearrange(from_start[..., -1:].expand(*a.shape[:-1], p), "b c (g k) p -> b c g 1 (k p)", g=g)
+    starts = []
+    for left_c, decay_c in zip(left.unbind(1), decay.unbind(1), strict=True):
+        starts.append(state)
+        state = torch.addcmul(left_c, decay_c, state)  # (b, g, n, e/g)
+
+    # 4. The output from the state at the start of the chunk (off-diagonal blocks).
+    carried = rearrange(C @ torch.stack(starts, 1), "b c g q (k p) -> b c q (g k) p", p=p)
+    y = torch.addcmul(y.transpose(2, 3), carried, from_start.mT[..., None])  # (b, c, q, h, p)
+    return y.flatten(1, 2)[:, :l], state
+
+
+# -------------------------------------------- 4. The layer (section 7) -----------------------------------------------
+
+
+@dataclass
+class LayerState:
+    """What a layer remembers of the sequence that it has read; empty at the start.
+
+    A layer replaces the tensors by new ones and never writes to them: they may be kept, shared, expanded, or learned.
+    """
+
+    conv_state: Tensor | None = None  # (b, channels, d_conv), the last inputs of the convolution, in the weights' type
+    ssm_state: Tensor | None = None  # (b, h, p, n), float32 at least
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(v for v in vars(self).values() if v is not None)
+
+
+class CausalConv1d(nn.Conv1d):
+    """A causal depthwise convolution of (b, l, c) that can go on from a state; computed in float32 at least."""
+
+    def __init__(self, channels: int, kernel_size: int, bias: bool) -> None:
+        super().__init__(channels, channels, kernel_size, groups=channels, bias=bias)
+
+    def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
+        """(b, l, c) to the same shape. `state.conv_state` (b, c, k) holds what came before, and is replaced.
+
+        lengths: (b,), how many steps of each row are real; the padding that follows them stays out of the state.
+        """
+        (b, l, c), k = x.shape, self.kernel_size[0]
+        taps = self.weight[:, 0].to(torch.promote_types(self.weight.dtype, torch.float32))  # (c, k)
+        before = x.new_zeros(b, c, k) if state is None or state.conv_state is None else state.conv_state
+        if before.shape != (b, c, k):
+            raise ValueError(f"the state's conv_state must have shape {(b, c, k)}, got {tuple(before.shape)}")
+        x = torch.cat([before.mT.to(taps.dtype), x.to(taps.dtype)], dim=1)  # (b, k + l, c)
+        y = x.new_zeros(c) if self.bias is None else self.bias.to(x.dtype)
+        for i in range(k):  # in this layout faster than F.conv1d
+            y = torch.addcmul(y, x[:, i + 1 : i + 1 + l], taps[:, i])
+        if state is not None:
+            ends = torch.full((b,), l, device=x.device) if lengths is None else lengths
+            newest = ends[:, None] + torch.arange(k, device=x.device)  # (b, k): where the last k inputs are
+            state.conv_state = x.gather(1, newest[..., None].expand(b, k, c)).mT.contiguous().to(self.weight.dtype)
+        return y
+
+
+def _padded(l: int, lengths: Tensor) -> Tensor:
+    """Which of l steps are padding, (b, l), where only the first `lengths` (b,) of each row are real."""
+    return torch.arange(l, device=lengths.device) >= lengths[:, None]
+
+
+def _inverse_softplus_of_log_uniform(dt: Tensor, config: "Mamba2Config") -> Tensor:
+    """Where the bias of dt starts: softplus of it is log-uniform in [dt_min, dt_max], at least dt_init_floor."""
+    log_dt = torch.empty_like(dt).uniform_(math.log(config.dt_min), math.log(config.dt_max))
+    dt = log_dt.exp().clamp(min=config.dt_init_floor)
+    return dt + torch.log(-torch.expm1(-dt))
 
 
 class GatedRMSNorm(nn.Module):
-    """norm(y * SiLU(z)) * weight over each group of channels (section 7): (..., e) to the same shape.
-
-    Without gradients y is overwritten.
-    """
+    """norm(y * SiLU(z)) * weight over each group of channels (section 7): (..., e) to the same shape."""
 
     def __init__(self, width: int, ngroups: int, eps: float) -> None:
         super().__init__()
@@ -1114,19 +388,68 @@ class GatedRMSNorm(nn.Module):
         self.ngroups, self.eps = ngroups, eps
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gate, width = F.silu(z.to(y.dtype)), y.shape[-1] // self.ngroups
-        if torch.is_grad_enabled():
-            y = F.rms_norm((y * gate).unflatten(-1, (self.ngroups, width)), (width,), eps=self.eps).flatten(-2)
-            return (y * self.weight).to(self.weight.dtype)
-        groups = y.mul_(gate).unflatten(-1, (self.ngroups, width))  # the same in place: a third of the time
-        mean_square = torch.linalg.vector_norm(groups, dim=-1, keepdim=True).square_().div_(width)
-        groups.mul_(mean_square.add_(self.eps).rsqrt_())
-        return y.mul_(self.weight).to(self.weight.dtype)
+        groups = (y * F.silu(z.to(y.dtype))).unflatten(-1, (self.ngroups, -1))
+        y = F.rms_norm(groups, groups.shape[-1:], eps=self.eps).flatten(-2)
+        return (y * self.weight).to(self.weight.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Block, encoder, model, language model
-# ----------------------------------------------------------------------------------------------------------------------
+class Mamba2Mixer(nn.Module):
+    """The Mamba-2 layer, (b, l, d_model) to the same shape: projection, convolution, SSD, gated norm (section 7)."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.config = config
+        e, h, channels = config.d_inner, config.nheads, config.conv_dim
+        self.in_proj = nn.Linear(config.d_model, e + channels + h, bias=config.bias)
+        self.conv1d = CausalConv1d(channels, config.d_conv, bias=config.conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(h))
+        self.A_log = nn.Parameter(torch.empty(h))
+        self.D = nn.Parameter(torch.ones(h))
+        self.norm = GatedRMSNorm(e, config.ngroups, config.norm_epsilon)
+        self.out_proj = nn.Linear(e, config.d_model, bias=config.bias)
+        self._init_parameters()
+
+    @torch.no_grad()
+    def _init_parameters(self) -> None:
+        """As in the official code: dt log-uniform in [dt_min, dt_max], A uniform in A_init_range, biases at 0."""
+        self.A_log.uniform_(*self.config.A_init_range).log_()
+        self.dt_bias.copy_(_inverse_softplus_of_log_uniform(self.dt_bias, self.config))
+        for linear in (self.in_proj, self.out_proj):
+            if linear.bias is not None:
+                linear.bias.zero_()
+
+    def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
+        """(b, l, d_model) to the same shape, for any l.
+
+        state: what was read before x; the tensors in it are replaced by new ones. None: nothing, and nothing is kept.
+        lengths: (b,), how many steps of each row are real; padding follows them and leaves the state alone.
+        """
+        config = self.config
+        _check_vectors(x, config.d_model)
+        e, g, n = config.d_inner, config.ngroups, config.d_state
+        z, xBC, dt = self.in_proj(x).split([e, config.conv_dim, config.nheads], dim=-1)
+        xBC = F.silu(self.conv1d(xBC, state, lengths)).to(x.dtype)  # (b, l, e + 2 g n)
+        u, B, C = xBC.split([e, g * n, g * n], dim=-1)
+        u, B, C = u.unflatten(-1, (-1, config.headdim)), B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
+        s = torch.promote_types(self.A_log.dtype, torch.float32)
+        dt = F.softplus(dt.to(s) + self.dt_bias).clamp(*config.dt_limit)  # (b, l, h)
+        if lengths is not None:
+            dt = dt.masked_fill(_padded(x.shape[1], lengths)[..., None], 0)  # dt = 0 leaves the state alone
+        A = -torch.exp(self.A_log.to(s))  # (h,)
+        before = None if state is None else state.ssm_state
+        y, after = ssd(u, dt, A, B, C, before, config.chunk_size, D=self.D)  # (b, l, h, p) and (b, h, p, n)
+        if state is not None:
+            state.ssm_state = after
+        return self.out_proj(self.norm(y.flatten(-2), z))
+
+    def new_state(self, batch_size: int, device: Any = None, dtype: torch.dtype | None = None) -> LayerState:
+        """The state at the start of a sequence, as zeros; by default with the weights' device and dtype."""
+        zeros = torch.zeros_like(self.conv1d.weight, device=device, dtype=dtype)[:, 0].repeat(batch_size, 1, 1)
+        config, s = self.config, torch.promote_types(zeros.dtype, torch.float32)
+        return LayerState(zeros, zeros.new_zeros(batch_size, config.nheads, config.headdim, config.d_state, dtype=s))
+
+
+# ------------------------------------- 5. Block, encoder, model, language model ---------------------------------------
 
 
 class RMSNorm(nn.RMSNorm):
@@ -1134,88 +457,65 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        x = F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps)
-        return x.to(self.weight.dtype)
+        return F.rms_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), self.eps).to(self.weight.dtype)
 
 
 class Mamba2Block(nn.Module):
     """x + mixer(norm(x)), on (b, l, d_model)."""
 
-    def __init__(self, config: Mamba2Config, layer_idx: int = 0) -> None:
+    def __init__(self, config: Mamba2Config) -> None:
         super().__init__()
         self.norm = RMSNorm(config.d_model, eps=config.norm_epsilon)
-        self.norm.weight._no_weight_decay = True
-        self.mixer = Mamba2Mixer(config, layer_idx)
+        self.mixer = Mamba2Mixer(config)
 
-    def forward(self, x: Tensor, inference_params: Any = None, lengths: Tensor | None = None) -> Tensor:
-        return x + self.mixer(self.norm(x), inference_params, lengths)
-
-    def step(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token, (b, d_model) to the same shape, and the two new states."""
-        y, conv_state, ssm_state = self.mixer.step(self.norm(x), conv_state, ssm_state)
-        return x + y, conv_state, ssm_state
+    def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
+        return x + self.mixer(self.norm(x), state, lengths)
 
 
 class Mamba2PreTrained(nn.Module):
-    """What every model here has: a config, checkpoints, and words about its cache."""
+    """What every model here has: a config, checkpoints, and words about its parameters and its cache."""
 
     config: Mamba2Config
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        cls, name: str | os.PathLike, device: Any = None, dtype: torch.dtype | None = None, **hub: Any
     ) -> Self:
         """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
 
         `name` holds config.json and weights in transformers' or state-spaces' format (safetensors or pytorch_model.bin,
         in one file or sharded). `dtype` None keeps the stored type, or where there are several takes config.json's;
-        `device` None means the CPU. Raises OSError where a file is missing or the hub can't be reached, ValueError for
-        a model that this file does not implement and for tensors that are missing, left over or of another shape. A
-        classifier may be loaded from a language model's checkpoint: its last layer then is new.
+        `device` None means the CPU; `hub`: revision, token, cache_dir, local_files_only. Raises OSError where a file is
+        missing or the hub can't be reached, ValueError for a model that this file does not implement and for tensors
+        that don't fit. A classifier may be loaded from a language model's checkpoint: its last layer then is new.
         """
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype must be None or a torch.dtype, got {dtype!r}")
-        stored = _read_config(name)
-        with torch.device("meta"):
-            model = cls(Mamba2Config.from_checkpoint(stored))
-        _load_weights(model, name, device or "cpu", dtype)
-        named = str(stored.get("dtype") or stored.get("torch_dtype")).removeprefix("torch.")
-        mixed = len({parameter.dtype for parameter in model.parameters()}) > 1
-        if mixed and dtype is None and named in ("float64", "float32", "float16", "bfloat16"):
-            model.to(getattr(torch, named))
-        return model.eval()
+        return _load(cls, name, device or "cpu", dtype, hub)
+
+    def save_pretrained(self, directory: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors (sharded above 5 GB) in transformers' format.
+
+        state_dict: the weights, where those of the model are sharded over processes. The files are written beside
+        their places, then moved there. Raises ValueError, before, for weights that a model of this config doesn't have.
+        """
+        _save(self, Path(directory), state_dict)
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         """Set config.gradient_checkpointing: blocks are recomputed in the backward pass. The name is transformers'."""
         self.config.gradient_checkpointing = True
 
-    activation_checkpointing_enable = gradient_checkpointing_enable  # its newer name there
-
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors (sharded above 5 GB) in transformers' format.
-
-        All files are written beside their places and then moved there: after an error the old ones are as they were.
-        Other files there, a tokenizer say, stay.
-        """
-        _save(self, Path(directory))
-
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms.
-
-        The method is timm's. The parameters have state-spaces' mark, `_no_weight_decay`, as well, but copies lose it.
-        """
+        """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms."""
         ending = re.compile(r"(A_log|\bD|dt_bias|dt_proj\.bias|norm(_f)?\.weight)$")
-        return {name for name, p in self.named_parameters() if ending.search(name) or hasattr(p, "_no_weight_decay")}
+        return {name for name, _ in self.named_parameters() if ending.search(name)}
+
+    def get_input_embeddings(self) -> nn.Module:
+        return getattr(self, "backbone", self).embeddings
 
     def get_cache_info(self, inference_params: Any) -> dict[str, float]:
-        """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
         return _cache_info(inference_params)
 
     def reset_cache(self, inference_params: Any) -> None:
-        """Forget everything: the next call starts a new sequence."""
-        inference_params.key_value_memory_dict.clear()
-        if isinstance(inference_params, InferenceParams):
-            inference_params.seqlen_offset = 0
+        _reset_cache(inference_params)
 
 
 class Mamba2Encoder(Mamba2PreTrained):
@@ -1224,118 +524,54 @@ class Mamba2Encoder(Mamba2PreTrained):
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(Mamba2Block(config, layer_idx) for layer_idx in range(config.n_layer))
+        self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, eps=config.norm_epsilon)
-        self.norm_f.weight._no_weight_decay = True
-
-    def _residual(self, x: Tensor) -> Tensor:
-        """The residual stream starts in float32 (residual_in_fp32) or in the weights' type."""
-        dtype = self.norm_f.weight.dtype
-        return x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
-
-    def _states(self, inference_params: Any) -> States:
-        """A copy of the cache's dict, which must hold states for all layers or none."""
-        states = dict(inference_params.key_value_memory_dict)
-        if states and states.keys() != set(range(len(self.layers))):
-            allowed = f"hold states for layers 0 to {len(self.layers) - 1}, or none"
-            raise ValueError(f"inference_params must {allowed}, got {sorted(states)}")
-        return states
+        for layer in self.layers:  # n_layer of them add to the residual stream
+            layer.mixer.out_proj.weight.data.div_(math.sqrt(config.n_layer))
 
     def forward(self, x: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None) -> Tensor:
         """(b, l, d_model) to the same shape, in the weights' type.
 
-        inference_params: continue from its states and leave the new ones there; an error leaves it as it was.
+        inference_params: a cache, see InferenceParams. The model goes on from the states in it and replaces them, once
+            all layers have succeeded; gradients stop there, between two calls.
         attention_mask: (b, l) of 0 and 1, the tokens of this call; padding on the left or on the right, no holes.
         """
-        _check_vectors("x", x, self.config.d_model)
-        x = self._residual(x)
-        lengths = left = None
-        if attention_mask is not None:
-            left, lengths = _padding(attention_mask, x.shape[:2])
-        if left is not None:
-            x = _roll(x, left)  # the real tokens first, so that only padding on the right remains
-            x = x.masked_fill((torch.arange(x.shape[1], device=x.device) >= lengths[:, None])[..., None], 0)
-        cache = None if inference_params is None else InferenceParams(self._states(inference_params))
-        # A block can't be recomputed from a cache, which holds its new states by then.
-        recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
-        for layer in self.layers:
-            x = checkpoint(layer, x, None, lengths, use_reentrant=False) if recompute else layer(x, cache, lengths)
+        _check_vectors(x, self.config.d_model)
+        dtype = self.norm_f.weight.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
+        left, lengths = (None, None) if attention_mask is None else _padding(attention_mask, x.shape[:2])
+        if left is not None:  # the real tokens first, so that only padding on the right remains
+            x = _roll(x, left)
+            x = x.masked_fill(_padded(x.shape[1], lengths)[..., None], 0)
+        states = [None] * len(self.layers) if inference_params is None else self._states(inference_params)
+        recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for layer, state in zip(self.layers, states, strict=True):
+            if recompute and state is None:  # a state would hold its new tensors by then
+                x = checkpoint(layer, x, None, lengths, use_reentrant=False)
+            else:
+                x = layer(x, state, lengths)
         x = self.norm_f(x)
         if inference_params is not None:
-            _commit(cache.key_value_memory_dict, inference_params, x.shape[1])
+            new = {i: tuple(v.detach() for v in state.tensors()) for i, state in enumerate(states)}
+            inference_params.key_value_memory_dict.update(new)
+            if isinstance(inference_params, InferenceParams):
+                inference_params.seqlen_offset += x.shape[1]
         return x if left is None else _roll(x, -left)
 
-    @torch.no_grad()
-    def step(self, x: Tensor, inference_params: Any) -> Tensor:
-        """One vector of each sequence, (b, d_model) to the same shape, after those that the states have seen."""
-        if _hooked(self):
-            return self(x[:, None], inference_params)[:, 0]
-        states = self._states(inference_params) or self.new_states(x.shape[0])
-        for i, layer in enumerate(self.layers):
-            _check_states(states[i], layer.mixer.state_shapes(x.shape[0]))
-        x, states = self.advance(x, states)
-        _commit(states, inference_params, 1)
-        return x
-
-    def advance(self, x: Tensor, states: States) -> tuple[Tensor, States]:
-        """`step` as a function: one vector of each sequence and the states of all layers to the same, one step on."""
-        x, new = self._residual(x), {}
-        for i, layer in enumerate(self.layers):
-            x, *new[i] = layer.step(x, *states[i])
-        return self.norm_f(x), {i: tuple(pair) for i, pair in new.items()}
-
-    def new_states(self, batch_size: int) -> States:
-        """The states of all layers at the start of a sequence."""
-        return {i: layer.mixer.new_states(batch_size) for i, layer in enumerate(self.layers)}
+    def _states(self, inference_params: Any) -> list[LayerState]:
+        """A state for each layer, by its position, from a cache that holds them for all layers or for none."""
+        stored = inference_params.key_value_memory_dict
+        if stored and stored.keys() != set(range(len(self.layers))):
+            allowed = f"hold states of layers 0 to {len(self.layers) - 1}, or none"
+            raise ValueError(f"inference_params must {allowed}, got {sorted(stored)}")
+        return [LayerState(*stored.get(i, ())) for i in range(len(self.layers))]
 
 
-def _hooked(encoder: Mamba2Encoder) -> bool:
-    """Whether hooks or wrappers in a layer, but those of torch.compile, wait for `forward`: `advance` does without."""
-    parts = [encoder]
-    for layer in encoder.layers:
-        if not hasattr(layer, "mixer"):
-            return True
-        parts += layer, layer.mixer, *layer._modules.values(), *layer.mixer._modules.values()
-    hooks = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-    return hooks or any("forward" in vars(part) and not hasattr(part, "_orig_mod") for part in parts)
+class Embedding(nn.Embedding):
+    """Looks ids (b, l) up, or multiplies vectors (b, l, d_model) by its rows: the head of a model that ties the two."""
 
-
-def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
-    """How many padding tokens each row begins with, and how many real ones follow, both (b,); None if all are real."""
-    if attention_mask.shape != shape:
-        raise ValueError(f"attention_mask must have shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
-    real = attention_mask.bool()
-    if torch.compiler.is_compiling():  # values are out of reach
-        return real.int().argmax(1), real.sum(1)
-    if not torch.equal(real.to(attention_mask.dtype), attention_mask):
-        raise ValueError("attention_mask must hold 0 and 1 only")
-    if real.all():
-        return None, None
-    lengths, left = real.sum(1), real.int().argmax(1)
-    position = torch.arange(shape[1], device=real.device) - left[:, None]
-    if not torch.equal(real, (position >= 0) & (position < lengths[:, None])):
-        raise ValueError("attention_mask must have its zeros on the left or on the right, got a hole between ones")
-    return left, lengths
-
-
-def _roll(x: Tensor, by: Tensor) -> Tensor:
-    """Move each row of (b, l, d) to the left by its own number of positions, around the end."""
-    index = (torch.arange(x.shape[1], device=x.device) + by[:, None]) % x.shape[1]
-    return x.gather(1, index[..., None].expand_as(x))
-
-
-def _commit(new: States, inference_params: Any, n_tokens: int) -> None:
-    """Write the new states of all layers over the old ones, in place."""
-    old = inference_params.key_value_memory_dict
-    outside = not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled()
-    for layer_idx, states in new.items():
-        if outside and any(state.is_inference() for state in old.get(layer_idx, ())):
-            old[layer_idx] = states  # those of inference mode can't be written to outside of it
-        for target, state in zip(old.setdefault(layer_idx, states), states, strict=True):
-            if target is not state:
-                target.copy_(state)
-    if isinstance(inference_params, InferenceParams):
-        inference_params.seqlen_offset += n_tokens
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
 
 
 class Mamba2Model(Mamba2Encoder):
@@ -1345,32 +581,17 @@ class Mamba2Model(Mamba2Encoder):
         super().__init__(config)
         if config.vocab_size is None:
             raise ValueError("vocab_size must be a positive integer in a model with an embedding, got None")
-        self.embeddings = nn.Embedding(config.padded_vocab_size, config.d_model)
+        self.embeddings = Embedding(config.padded_vocab_size, config.d_model)
         nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
 
     def forward(
         self, input_ids: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None
     ) -> Tensor:
-        return super().forward(self.embed(input_ids), inference_params, attention_mask=attention_mask)
-
-    def embed(self, input_ids: Tensor, name: str = "input_ids") -> Tensor:
-        """Ids (b, l) to vectors (b, l, d_model), which are let through. Raises ValueError for any other input."""
-        if input_ids.is_floating_point() and input_ids.ndim == 3 and input_ids.shape[-1] == self.config.d_model:
-            return input_ids
-        if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.ndim != 2:
-            allowed = f"int64 of shape (b, l), or floating point of shape (b, l, d_model = {self.config.d_model})"
-            raise ValueError(f"{name} must be {allowed}, got {input_ids.dtype} of shape {tuple(input_ids.shape)}")
-        _check_ids(name, input_ids, getattr(self.embeddings, "num_embeddings", self.config.padded_vocab_size))
-        return self.embeddings(input_ids)
-
-
-def _check_ids(name: str, ids: Tensor, size: int) -> None:
-    """Raise ValueError unless all ids are in [0, size); not in compiled code, where values are out of reach."""
-    if torch.compiler.is_compiling() or ids.is_meta or not ids.numel():
-        return
-    low, high = (bound.item() for bound in torch.aminmax(ids))
-    if low < 0 or high >= size:
-        raise ValueError(f"{name} must be in [0, {size}), got {low if low < 0 else high}")
+        x = input_ids
+        if not x.is_floating_point():
+            _check_ids("input_ids", x, self.config.padded_vocab_size, ndim=2)
+            x = self.embeddings(x)
+        return super().forward(x, inference_params, attention_mask=attention_mask)
 
 
 class Mamba2ForCausalLM(Mamba2PreTrained):
@@ -1380,45 +601,12 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         super().__init__()
         self.config = config
         self.backbone = Mamba2Model(config)
-        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False)
-        self.tie_weights()
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
 
-    def tie_weights(self) -> None:
-        if self.config.tie_embeddings:
-            self.lm_head.weight = self.backbone.embeddings.weight
-
-    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
-        """As usual, but a tied head is a copy: safetensors, and so transformers' Trainer, stores no tensor twice."""
-        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        if self._tied and not keep_vars:
-            for name in state:  # torch.compile may have wrapped the head
-                if name.startswith(f"{prefix}lm_head.") and name.endswith(".weight"):
-                    state[name] = state[name].clone()
-        return state
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
-        if self._tied and local_metadata.get("assign_to_params_buffers"):  # they would become two parameters
-            names = [f"{prefix}{name}" for name in ("backbone.embeddings.weight", "lm_head.weight")]
-            given = [state_dict[name] for name in names if name in state_dict]
-            if given and all("weight" in part._parameters for part in (self.backbone.embeddings, self.lm_head)):
-                one = nn.Parameter(given[0], requires_grad=self.lm_head.weight.requires_grad)
-                state_dict |= dict.fromkeys(names, one)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        tied = self._tied
-        super()._apply(*args, **kwargs)
-        if tied:  # to_empty makes new parameters
-            self.lm_head.weight = self.backbone.embeddings.weight
-        return self
-
-    @property
-    def _tied(self) -> bool:
-        """Whether the head's own weight, not one inside an adapter, is the embedding's."""
-        head = getattr(self, "lm_head", None)
-        head = getattr(head, "_orig_mod", head)  # what torch.compile has wrapped
-        weight = getattr(head, "_parameters", {}).get("weight")
-        return weight is not None and weight is getattr(self.backbone.embeddings, "weight", None)
+    def get_output_embeddings(self) -> nn.Module:
+        """What makes logits of hidden states: `lm_head`, or the embedding where the two are tied."""
+        return self.backbone.embeddings if self.config.tie_embeddings else self.lm_head
 
     def forward(
         self,
@@ -1431,52 +619,33 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
     ) -> Tensor | dict[str, Tensor]:
         """Logits (b, l, padded_vocab_size), float32, from ids (b, l) or embeddings (b, l, d_model).
 
-        inference_params: states to continue from, updated in place (see InferenceParams). Any number of tokens a call.
+        inference_params, attention_mask: see the encoder. Any number of tokens a call.
         labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; padding never does. Then
             the result is a dict of "loss" (mean cross entropy in nats, float32) and "logits".
-        attention_mask: (b, l) of 0 and 1; padding on the left or on the right.
         num_last_tokens: k > 0 gives the logits of the last k positions alone.
         """
-        if labels is not None:
-            if labels.shape != input_ids.shape[:2] or labels.dtype != torch.int64 or num_last_tokens:
-                allowed = f"int64 of shape {tuple(input_ids.shape[:2])}, without num_last_tokens"
-                raise ValueError(f"labels must be {allowed}, got {labels.dtype} of shape {tuple(labels.shape)}")
-            _check_ids("labels", labels.masked_fill(labels == -100, 0), self.lm_head.out_features)
-        if num_last_tokens < 0:
-            raise ValueError(f"num_last_tokens must be 0 (all) or positive, got {num_last_tokens}")
+        if num_last_tokens < 0 or (num_last_tokens and labels is not None):
+            raise ValueError(f"num_last_tokens must be 0 (all) with labels, else not negative, got {num_last_tokens}")
         hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
-        logits = self._logits(hidden[:, -num_last_tokens:])
-        if labels is None:
-            return logits
-        if attention_mask is not None:  # nor does the token after padding on the left, which nothing predicts
-            labels = labels.masked_fill(~(attention_mask.bool() & attention_mask.bool().roll(1, dims=1)), -100)
-        loss = F.cross_entropy(rearrange(logits[:, :-1], "b l v -> (b l) v"), labels[:, 1:].flatten())
-        return {"loss": loss, "logits": logits}
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.lm_head(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = self.get_output_embeddings()(hidden[:, -num_last_tokens:])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if labels is None else {"loss": _loss(logits, labels, attention_mask), "logits": logits}
 
     @torch.no_grad()
     def step(self, token_ids: Tensor, inference_params: Any) -> Tensor:
         """Logits (b, padded_vocab_size) after one more token (b,): time and memory don't depend on what came before."""
-        if token_ids.ndim != 1 or token_ids.is_floating_point():
-            raise ValueError(
-                f"token_ids must be int64 of shape (b,), got {token_ids.dtype} of {tuple(token_ids.shape)}"
-            )
-        vectors = self.backbone.embed(token_ids[:, None], "token_ids")[:, 0]
-        return self._logits(self.backbone.step(vectors, inference_params))
+        _check_ids("token_ids", token_ids, self.config.padded_vocab_size, ndim=1)
+        return self(token_ids[:, None], inference_params)[:, -1]
 
     @torch.no_grad()
-    def advance(self, token_ids: Tensor, states: States) -> tuple[Tensor, States]:
+    def advance(self, token_ids: Tensor, states: "States") -> tuple[Tensor, "States"]:
         """`step` as a function, for torch.compile and torch.export: ids (b,) and states to logits and new states.
 
-        states: `backbone.new_states(b)`, or the `key_value_memory_dict` that a prompt has filled.
+        states: the `key_value_memory_dict` of a cache; {} at the start of a sequence.
         """
-        x, states = self.backbone.advance(self.backbone.embeddings(token_ids), states)
-        return self._logits(x), states
+        cache = InferenceParams(dict(states))
+        return self(token_ids[:, None], cache)[:, -1], cache.key_value_memory_dict
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
@@ -1488,18 +657,21 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         attention_mask: Tensor | None = None,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
+        inference_params: Any = None,
     ) -> Tensor:
         """Continue prompts (b, l): ids (b, l + new), new <= max_new_tokens.
 
         temperature 0 takes the likeliest token; else one is drawn from softmax(logits / temperature), of the `top_k`
-        likeliest tokens and then of the fewest likeliest ones that hold `top_p` of the probability. A row that drew
-        an id of eos_token_id is filled up with the first of them; the result is shorter when all rows did.
-        attention_mask (b, l): padded prompts. use_cache=False reads the whole text anew for every token: the same ids,
-        slowly.
+            likeliest (None or 0: all) and then of the fewest likeliest that hold `top_p` of the probability.
+        eos_token_id: an id or several, None for the config's, () for none. A row that drew one is filled up with the
+            first of them and its state stays there; the result is shorter when all rows did.
+        attention_mask: (b, l) of 0 and 1, for prompts padded on the left or on the right.
+        use_cache: False reads the whole text anew for every token: the same ids, slowly.
+        inference_params: a cache whose text the prompt continues; afterwards it has read all but each row's last token.
         """
-        settings = (max_new_tokens, temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator)
-        tokens = list(_generate(self, input_ids, *settings))
-        return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)
+        sampling = (temperature, top_k, top_p, generator)
+        settings = (max_new_tokens, sampling, eos_token_id, attention_mask, use_cache, inference_params)
+        return torch.cat([input_ids, *(token[:, None] for token in _generate(self, input_ids, *settings))], dim=1)
 
     def stream(
         self,
@@ -1512,377 +684,187 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         attention_mask: Tensor | None = None,
         use_cache: bool = True,
         generator: torch.Generator | None = None,
+        inference_params: Any = None,
     ) -> Iterator[int | Tensor]:
-        """The new tokens of `generate`, each as soon as it is known: an int for one prompt, ids (b,) for several."""
-        settings = (max_new_tokens, temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator)
+        """The new tokens of `generate` as they come: an int for one prompt, ids (b,) for several."""
+        sampling = (temperature, top_k, top_p, generator)
+        settings = (max_new_tokens, sampling, eos_token_id, attention_mask, use_cache, inference_params)
         tokens = _generate(self, input_ids, *settings)
-        return (token.item() for token in tokens) if input_ids.shape[0] == 1 else tokens
+        return (token.item() for token in tokens) if len(input_ids) == 1 else tokens
 
     generate_streaming = stream  # MiniMamba
 
-
-class Mamba2ForFeatureExtraction(Mamba2PreTrained):
-    """Hidden states (b, l, d_model) from ids (b, l) or vectors (b, l, d_model); vectors alone if vocab_size is None."""
-
-    def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = Mamba2Encoder(config) if config.vocab_size is None else Mamba2Model(config)
-
-    def forward(self, inputs: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None) -> Tensor:
-        """The arguments are those of the encoder."""
-        return self.backbone(inputs, inference_params, attention_mask=attention_mask)
+    def resize_token_embeddings(self, vocab_size: int) -> nn.Module:
+        """Give embedding and head rows for vocab_size tokens; rows that are new start as in a new model."""
+        return _resize(self, vocab_size)
 
 
-class Mamba2ForSequenceClassification(Mamba2PreTrained):
-    """A linear classifier (config.num_labels) on the pooled hidden states (config.pooling_strategy)."""
-
-    def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = Mamba2Encoder(config) if config.vocab_size is None else Mamba2Model(config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.reset_classifier()
-
-    def reset_classifier(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        """A new classifier, as at the start of training, for config.num_labels; by default where the backbone is."""
-        norm = self.backbone.norm_f.weight
-        where = {"device": device or norm.device, "dtype": dtype or norm.dtype}
-        self.classifier = nn.Linear(self.config.d_model, self.config.num_labels, **where)
-        nn.init.normal_(self.classifier.weight, std=self.config.initializer_range)
-        nn.init.zeros_(self.classifier.bias)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
-    ) -> Tensor | dict[str, Tensor]:
-        """Logits (b, num_labels), float32, from ids (b, l) or vectors (b, l, d_model).
-
-        attention_mask: (b, l) of 0 and 1; padding on the left or on the right takes no part.
-        labels: (b,) classes, or numbers where num_labels is 1. Then the result is a dict of "loss" (mean cross entropy,
-            or mean squared error) and "logits".
-        """
-        hidden = self.backbone(input_ids, attention_mask=attention_mask)
-        pooled = _pool(hidden, attention_mask, self.config.pooling_strategy)
-        logits = self.classifier(self.dropout(pooled))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if labels is None:
-            return logits
-        if labels.shape != logits.shape[:1]:
-            raise ValueError(f"labels must have shape {tuple(logits.shape[:1])}, got {tuple(labels.shape)}")
-        if self.config.num_labels == 1:
-            return {"loss": F.mse_loss(logits[:, 0], labels.to(logits.dtype)), "logits": logits}
-        _check_ids("labels", labels, self.config.num_labels)
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+def _check_vectors(x: Tensor, width: int) -> None:
+    """Raise ValueError unless x is floating point of shape (b, l, width)."""
+    if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
+        allowed = f"floating point of shape (b, l, d_model = {width})"
+        raise ValueError(f"the input must be {allowed}, got {x.dtype} of shape {tuple(x.shape)}")
 
 
-def _pool(hidden: Tensor, attention_mask: Tensor | None, strategy: str) -> Tensor:
-    """The last, the mean or the largest of each row's real hidden states (b, l, d_model): (b, d_model)."""
-    real = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    real = real if attention_mask is None else attention_mask.bool()
-    if not torch.compiler.is_compiling() and not real.any(1).all():
-        raise ValueError("input_ids must have at least one real token in every row to pool over, got a row of none")
-    if strategy == "last":
-        position = torch.arange(hidden.shape[1], device=hidden.device)
-        return hidden[torch.arange(len(hidden), device=hidden.device), (position * real).argmax(1)]
-    if strategy == "mean":
-        sums = hidden.masked_fill(~real[..., None], 0).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        return (sums / real.sum(1, keepdim=True)).to(hidden.dtype)
-    return hidden.masked_fill(~real[..., None], -math.inf).amax(1)
+def _check_ids(name: str, ids: Tensor, size: int, ndim: int) -> None:
+    """Raise ValueError unless ids are integers in [0, size); compiled code doesn't look at values."""
+    if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != ndim:
+        allowed = f"int64 of {ndim} dimensions (a model also takes embeddings of {ndim + 1})"
+        raise ValueError(f"{name} must be {allowed}, got {ids.dtype} of shape {tuple(ids.shape)}")
+    if ids.numel() and not ids.is_meta and not torch.compiler.is_compiling():
+        low, high = (bound.item() for bound in torch.aminmax(ids))
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} must be in [0, {size}), got {low if low < 0 else high}")
 
 
-# The names of the projects whose users this file should feel like home to.
-Mamba2 = Mamba2Mixer  # mamba2-minimal
-Mamba2LMHeadModel = Mamba2ForCausalLM  # mamba2-minimal
+def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
+    """How many padding tokens each row begins with, and how many real ones follow, both (b,); None if all are real."""
+    if attention_mask.shape != shape:
+        raise ValueError(f"attention_mask must have shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
+    real = attention_mask.bool()
+    lengths = real.sum(1)
+    left = real.int().argmax(1) if shape[1] else lengths
+    if torch.compiler.is_compiling():  # doesn't look at values
+        return left, lengths
+    position = torch.arange(shape[1], device=real.device) - left[:, None]
+    if not torch.equal(real, (position >= 0) & (position < lengths[:, None])) or not torch.equal(
+        attention_mask, real.to(attention_mask.dtype)
+    ):
+        raise ValueError("attention_mask must hold 0 and 1, the zeros on the left or on the right, not between ones")
+    return (None, None) if real.all() else (left, lengths)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
-
-WEIGHT_FILES = (
-    "model.safetensors",  # transformers may leave the index of an older checkpoint beside it
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+def _roll(x: Tensor, by: Tensor) -> Tensor:
+    """Move each row of (b, l, ...) to the left by its own number of positions (b,), around the end."""
+    index = (torch.arange(x.shape[1], device=x.device) + by[:, None]) % x.shape[1]  # (b, l)
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
-def _checkpoint_file(name: str | os.PathLike, filename: str) -> Path | None:
-    """The path of a checkpoint's file, fetched from the hub unless `name` is a directory; None if there is none."""
-    if Path(name).is_dir():
-        path = Path(name) / filename
-        return path if path.exists() else None
-    if "/" not in str(name):
-        raise OSError(f"can't load {str(name)!r}: no such directory, and no name of the form owner/model")
-    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(str(name), filename))
-    except EntryNotFoundError as error:
-        if not isinstance(error, LocalEntryNotFoundError):
-            return None
-        if try_to_load_from_cache(str(name), filename) is _CACHED_NO_EXIST:  # the hub said so when it was reached
-            return None
-        reason = "no such directory, the model hub can't be reached, and its cache has no copy"
-    except HFValidationError:
-        reason = "no such directory, and no name of the form owner/model"
-    except OSError as error:  # an HTTP error, offline mode
-        reason = str(error).strip().splitlines()[0]
-    raise OSError(f"can't load {str(name)!r}: {reason}")
+def _loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The mean cross entropy of each token given those before it; labels (b, l) may be -100, where none counts."""
+    if labels.shape != logits.shape[:2]:
+        raise ValueError(f"labels must have shape {tuple(logits.shape[:2])}, got {tuple(labels.shape)}")
+    _check_ids("labels", labels.masked_fill(labels == -100, 0), logits.shape[-1], ndim=2)
+    if attention_mask is not None:  # nor does the token after padding on the left, which nothing predicts
+        labels = labels.masked_fill(~(attention_mask.bool() & attention_mask.bool().roll(1, dims=1)), -100)
+    return F.cross_entropy(rearrange(logits[:, :-1], "b l v -> (b l) v"), labels[:, 1:].flatten())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """JSON with infinity as `Infinity` or as transformers 5 writes it, {"__float__": "Infinity"}."""
-    try:
-        return json.loads(
-            path.read_text(), object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d
-        )
-    except ValueError as error:  # not JSON, or no text at all
-        raise ValueError(f"can't read {path}: {error}") from None
-
-
-def _read_config(name: str | os.PathLike) -> dict[str, Any]:
-    path = _checkpoint_file(name, "config.json")
-    if path is None:
-        raise OSError(f"can't load {str(name)!r}: it has no config.json")
-    stored = _read_json(path)
-    with contextlib.suppress(Exception):  # nothing wrong with this second file may stop the loading
-        if "model_type" in stored and stored.get("eos_token_id") is None:
-            eos = _read_json(_checkpoint_file(name, "generation_config.json"))["eos_token_id"]
-            stored |= {"eos_token_id": eos} if _are_ids(eos) else {}
-    return stored
-
-
-def _stored_tensors(name: str | os.PathLike) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint one after the other, as views of mapped files: nothing is read before it is used."""
-    for filename in WEIGHT_FILES:
-        if (path := _checkpoint_file(name, filename)) is not None:
-            break
-    else:
-        raise OSError(f"can't load {str(name)!r}: it has none of {', '.join(WEIGHT_FILES)}")
-    files = [filename]
-    if filename.endswith(".index.json"):
-        files = sorted(set(_read_json(path)["weight_map"].values()))
-    for filename in files:
-        if (path := _checkpoint_file(name, filename)) is None:
-            raise OSError(f"can't load {str(name)!r}: its index names {filename}, which is missing")
-        if filename.endswith(".safetensors"):
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                file = safe_open(path, "pt")
-            except SafetensorError as error:
-                raise OSError(f"can't load {str(name)!r}: {filename}: {error}") from None
-            with file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    yield key, file.get_tensor(key)
-        else:
-            mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote no zip files
-            yield from torch.load(path, map_location="cpu", mmap=mmap, weights_only=True).items()
-
-
-HEADS = {"lm_head.weight", "classifier.weight", "classifier.bias"}
-
-
-def _load_weights(model: Mamba2PreTrained, name: str | os.PathLike, device: Any, dtype: torch.dtype | None) -> None:
-    """Give a model on the meta device the weights of a checkpoint, converted one at a time."""
-    wanted = dict(model.named_parameters())
-    inside, tied = hasattr(model, "backbone"), hasattr(model, "lm_head") and "lm_head.weight" not in wanted
-    found, unexpected, misshapen, head = set(), [], [], None
-
-    def take(key: str, tensor: Tensor) -> None:
-        found.add(key)
-        if tensor.shape == (shape := model.get_parameter(key).shape):
-            _set_parameter(model, key, tensor.to(device, dtype, copy=True))
-        else:
-            misshapen.append(f"{key} {tuple(tensor.shape)} for {tuple(shape)}")
-
-    for key, tensor in _stored_tensors(name):
-        key = key.replace("backbone.embedding.", "backbone.embeddings.")
-        if not inside:
-            key = key.removeprefix("backbone.")
-        elif f"backbone.{key}" in wanted:  # the checkpoint of a model without a head
-            key = f"backbone.{key}"
-        if key in wanted:
-            take(key, tensor)
-        elif key == "lm_head.weight" and tied:
-            head = tensor
-        elif key not in HEADS:  # a head that this model lacks is left out
-            unexpected.append(key)
-    if head is not None and "backbone.embeddings.weight" not in found:
-        take("backbone.embeddings.weight", head)
-    elif head is not None and not misshapen:
-        table = model.backbone.embeddings.weight
-        if not (table.is_meta or torch.equal(head.to(table), table)):
-            model.config.tie_embeddings = False  # the config is wrong; transformers, too, believes the tensors
-            take("lm_head.weight", head)
-    new = {"classifier.weight", "classifier.bias"} & wanted.keys()
-    if new and not new & found:  # a language model's checkpoint
-        model.reset_classifier(device, dtype)
-        found |= new
-    missing = sorted(wanted.keys() - found)
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    if any(problems.values()):
-        found = "; ".join(f"{what}: {_some(keys)}" for what, keys in problems.items() if keys)
-        raise ValueError(f"the tensors of {str(name)!r} do not fit {type(model).__name__}: {found}")
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _set_parameter(model: nn.Module, key: str, tensor: Tensor) -> None:
-    owner, _, leaf = key.rpartition(".")
-    owner = model.get_submodule(owner)
-    parameter = nn.Parameter(tensor)
-    parameter.__dict__.update(getattr(owner, leaf).__dict__)  # _no_weight_decay
-    setattr(owner, leaf, parameter)
-
-
-WRAPPERS = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile's, activation checkpointing's
-
-
-def _save(model: Mamba2PreTrained, directory: Path) -> None:
-    from huggingface_hub import save_torch_state_dict
-
-    config = model.config
-    tensors = {WRAPPERS.sub("", name): value.detach() for name, value in model.named_parameters()}
-    architecture = type(model).__name__
-    if isinstance(model, Mamba2ForCausalLM):  # subclasses too, whose names no other library knows
-        architecture = config.architecture
-        config = replace(config, tie_embeddings=model._tied)
-    wanted = {}
-    with contextlib.suppress(Exception), torch.device("meta"):  # a subclass may need more than a config
-        wanted = dict(type(model)(config).named_parameters())
-    if missing := sorted(wanted.keys() - tensors.keys()):
-        what = "(wrapped, parametrized or shared with another): nothing could load what is left"
-        raise ValueError(f"can't store {type(model).__name__}: it has no tensor {_some(missing)} {what}")
-    stored = {"architectures": [architecture], **config.to_checkpoint()}
-    if len(types := {tensor.dtype for tensor in tensors.values()}) == 1:
-        stored["dtype"] = str(*types).removeprefix("torch.")
-    text = json.dumps(stored, indent=2) + "\n"
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
-        new, old = Path(beside, "new"), Path(beside, "old")
-        new.mkdir(), old.mkdir()
-        save_torch_state_dict(tensors, new, metadata={"format": "pt"})
-        (new / "config.json").write_text(text)
-        for path in new.iterdir():
-            path.chmod(0o644)
-        _swap(directory, new, old)
-
-
-def _swap(directory: Path, new: Path, old: Path) -> None:
-    """Move a directory's checkpoint to `old` and the one in `new` to its place; after an error all is as it was."""
-    patterns = ("config.json", *WEIGHT_FILES, "model-?????-of-?????.safetensors", "pytorch_model-?????-of-?????.bin")
-    outdated = [path.name for pattern in patterns for path in directory.glob(pattern)]
-    moved = []
-    try:
-        for source, target, names in ((directory, old, outdated), (new, directory, os.listdir(new))):
-            for name in names:
-                os.replace(source / name, target / name)
-                moved.append((source / name, target / name))
-    except BaseException:
-        for source, target in reversed(moved):
-            os.rename(target, source)
-        raise
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Generation
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------- 6. Generation ----------------------------------------------------
 
 PROMPT_SEGMENT = 512  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
+States = dict[int, tuple[Tensor, ...]]  # of each layer, by its position: the tensors of its LayerState
+
+
+@dataclass
+class InferenceParams:
+    """A cache: the state of every layer after the tokens read so far, all that generation has to remember.
+
+    `key_value_memory_dict[position of the layer] = (conv_state, ssm_state)`; an empty dict is the start of a sequence.
+    Models take any object with that dict. They replace its tensors by new ones, never write to them, and detach them:
+    gradients don't flow from one call of a model into the one before (those of a layer do, through its LayerState).
+    `seqlen_offset` counts the tokens read, padding included, for information.
+    """
+
+    key_value_memory_dict: States = field(default_factory=dict)
+    seqlen_offset: int = 0
+
+    def reset(self) -> None:
+        """Forget everything: the next call starts a new sequence."""
+        _reset_cache(self)
+
+    reset_cache = reset  # MiniMamba's name
+
+    def clone(self) -> "InferenceParams":
+        """A copy: continue one prefix in several ways."""
+        return self._map(torch.clone)
+
+    def select(self, rows: Tensor | Sequence[int]) -> "InferenceParams":
+        """A copy with these rows of the batch, chosen, repeated or reordered: beams, several answers to one prompt."""
+        rows = torch.as_tensor(rows)
+        return self._map(lambda v: v.index_select(0, rows.to(v.device)))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "InferenceParams":
+        states = {i: tuple(map(function, state)) for i, state in self.key_value_memory_dict.items()}
+        return InferenceParams(states, self.seqlen_offset)
+
+    def get_cache_info(self) -> dict[str, float]:
+        return _cache_info(self)
+
+
+def _cache_info(inference_params: Any) -> dict[str, float]:
+    """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset; of no cache, zeros."""
+    stored = getattr(inference_params, "key_value_memory_dict", {})
+    tensors = [tensor for state in stored.values() for tensor in state]
+    info = {"memory_mb": sum(tensor.nbytes for tensor in tensors) / 1e6, "cached_layers": len(stored)}
+    return info | {"total_tensors": len(tensors), "seqlen_offset": getattr(inference_params, "seqlen_offset", 0)}
+
+
+def _reset_cache(inference_params: Any) -> None:
+    getattr(inference_params, "key_value_memory_dict", {}).clear()
+    if isinstance(inference_params, InferenceParams):
+        inference_params.seqlen_offset = 0
 
 
 def _generate(
     model: Mamba2ForCausalLM,
-    input_ids: Tensor,
+    ids: Tensor,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    eos_token_id: int | Sequence[int] | None,
-    attention_mask: Tensor | None,
+    sampling: tuple,
+    eos: int | Sequence[int] | None,
+    mask: Tensor | None,
     use_cache: bool,
-    generator: torch.Generator | None,
+    cache: Any,
 ) -> Iterator[Tensor]:
-    """Check the settings of `generate`, then return an iterator over its new tokens, (b,) each."""
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids must have shape (b, l) with l > 0, got {tuple(input_ids.shape)}")
+    """Check the arguments of `generate`, then return an iterator over its new tokens, (b,) each."""
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise ValueError(f"input_ids must have shape (b, l) with l > 0, got {tuple(ids.shape)}")
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be an integer, 0 or greater, got {max_new_tokens!r}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 (greedy) or greater, got {temperature!r}")
-    if top_k is not None and (type(top_k) is not int or top_k < 1):
-        raise ValueError(f"top_k must be None or a positive integer, got {top_k!r}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
-    if attention_mask is not None:
-        _, lengths = _padding(attention_mask, input_ids.shape)
-        if lengths is not None and not lengths.all():
-            raise ValueError("attention_mask must leave at least one real token in every row")
-    if not _are_ids(eos_token_id):
-        raise ValueError(f"eos_token_id must be None, an integer or a list of them, got {eos_token_id!r}")
-    eos = [eos_token_id] if type(eos_token_id) is int else list(eos_token_id or [])
-    sampling = (temperature, top_k, top_p, generator)
-    return _tokens(model, input_ids, max_new_tokens, sampling, eos, attention_mask, use_cache)
+    _check_sampling(*sampling[:3])
+    if not _are_ids(eos):
+        raise ValueError(f"eos_token_id must be None, an integer or a list of them, got {eos!r}")
+    eos = model.config.eos_token_id if eos is None else eos
+    if cache is not None and not use_cache:
+        raise ValueError("use_cache must be True where inference_params is given, got False")
+    left, lengths = (None, None) if mask is None else _padding(mask, ids.shape)
+    if left is not None and not lengths.all():
+        raise ValueError("attention_mask must leave at least one real token in every row")
+    if left is not None:  # padding to the left, so that every row's last token is real
+        ids, mask = (_roll(v, left + lengths) for v in (ids, mask))
+    cache = InferenceParams() if cache is None and use_cache else cache
+    return _tokens(model, ids, mask, max_new_tokens, sampling, [eos] if type(eos) is int else list(eos or ()), cache)
 
 
 @torch.no_grad()
 def _tokens(
-    model: Mamba2ForCausalLM,
-    input_ids: Tensor,
-    max_new_tokens: int,
-    sampling: tuple,
-    eos: list[int],
-    attention_mask: Tensor | None,
-    use_cache: bool,
+    model: Mamba2ForCausalLM, unread: Tensor, mask: Tensor | None, count: int, sampling: tuple, eos: list, cache: Any
 ) -> Iterator[Tensor]:
-    if attention_mask is not None and not use_cache:  # tokens can be appended to prompts that end with a real one
-        left, lengths = _padding(attention_mask, input_ids.shape)
-        if left is not None:
-            right = input_ids.shape[1] - left - lengths
-            input_ids, attention_mask = (_roll(v[..., None], -right)[..., 0] for v in (input_ids, attention_mask))
-    cache, token, hooked = InferenceParams(), None, _hooked(model.backbone)
-    finished = torch.zeros_like(input_ids[:, 0], dtype=torch.bool)
-    for _ in range(max_new_tokens):
-        if token is None:
-            logits = _read_prompt(model, input_ids, cache, attention_mask)
-        elif use_cache and hooked:
-            logits = model.step(token, cache)
-        elif use_cache:
-            logits, cache.key_value_memory_dict = model.advance(token, cache.key_value_memory_dict)
-        else:
-            input_ids = torch.cat([input_ids, token[:, None]], dim=1)
-            attention_mask = None if attention_mask is None else F.pad(attention_mask, (0, 1), value=1)
-            logits = _read_prompt(model, input_ids, InferenceParams(), attention_mask)
+    """Read what is unread, draw a token, and so on; without a cache everything is unread each time."""
+    ended = torch.zeros_like(unread[:, 0], dtype=torch.bool)
+    for _ in range(count):
+        logits = _read(model, unread, mask, InferenceParams() if cache is None else cache)
         token = sample(logits[:, : model.config.vocab_size], *sampling)
         if eos:
-            token = token.masked_fill(finished, eos[0])
-            finished |= torch.isin(token, torch.tensor(eos, device=token.device))
+            token = token.masked_fill(ended, eos[0])
+            ended = ended | torch.isin(token, torch.tensor(eos, device=token.device))
         yield token
-        if eos and finished.all():
+        if eos and ended.all():
             return
+        if cache is None:
+            unread = torch.cat([unread, token[:, None]], dim=1)
+            mask = None if mask is None else F.pad(mask, (0, 1), value=1)
+        else:  # rows that ended read nothing more
+            unread, mask = token[:, None], (~ended)[:, None] if eos and ended.any() else None
 
 
-def _read_prompt(model: Mamba2ForCausalLM, ids: Tensor, cache: InferenceParams, mask: Tensor | None) -> Tensor:
-    """Logits (b, padded_vocab_size) after each row's last real token; a long prompt is read piece by piece."""
-    b, l = ids.shape
-    size = max(1, PROMPT_SEGMENT // max(1, b))
-    for start in range(0, l, size):
-        piece = None if mask is None else mask[:, start : start + size]
-        hidden = model.backbone(ids[:, start : start + size], cache, attention_mask=piece)
-        if piece is None:
-            last = hidden[:, -1]
-            continue
-        position = torch.arange(hidden.shape[1], device=ids.device)
-        newest = hidden[torch.arange(b, device=ids.device), (position * piece.long()).argmax(1)]  # (b, d_model)
-        last = newest if start == 0 else torch.where(piece.any(1)[:, None], newest, last)
-    return model._logits(last)
+def _read(model: Mamba2ForCausalLM, ids: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+    """Logits (b, padded_vocab_size) after the last of ids (b, l), which are read in segments."""
+    size = max(1, PROMPT_SEGMENT // max(1, len(ids)))
+    masks = itertools.repeat(None) if mask is None else mask.split(size, dim=1)
+    for segment, real in zip(ids.split(size, dim=1), masks, strict=False):
+        logits = model(segment, cache, attention_mask=real, num_last_tokens=1)
+    return logits[:, -1]
 
 
 def sample(
@@ -1906,9 +888,8 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) 
 
     The same tokens are kept as by transformers' TopKLogitsWarper and TopPLogitsWarper.
     """
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < smallest, -math.inf)
+    if top_k and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
         ascending, index = logits.sort(dim=-1)
         removed = F.softmax(ascending, dim=-1).cumsum(-1) <= 1 - top_p
@@ -1917,119 +898,381 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) 
     return logits
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. Command line
-# ----------------------------------------------------------------------------------------------------------------------
+def _check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or greater, got {temperature!r}")
+    if top_k is not None and (type(top_k) is not int or top_k < 0):
+        raise ValueError(f"top_k must be None or an integer, 0 (all) or greater, got {top_k!r}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
 
 
-def _load_tokenizer(name: str | os.PathLike) -> Any:
-    """The checkpoint's tokenizer; state-spaces' checkpoints have none and use GPT-NeoX's."""
+def _resize(model: Mamba2ForCausalLM, vocab_size: int) -> nn.Module:
+    config = replace(model.config, vocab_size=vocab_size)  # checks it
+    for part in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        old = part.weight.detach()
+        new = old.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
+        new[: len(old)] = old[: len(new)]
+        part.weight = nn.Parameter(new, part.weight.requires_grad)
+        setattr(part, "num_embeddings" if isinstance(part, nn.Embedding) else "out_features", len(new))
+    model.config.vocab_size = vocab_size
+    return model.get_input_embeddings()
+
+
+# ------------------------------------ 7. Other heads, and other projects' names ---------------------------------------
+
+
+class Mamba2ForFeatureExtraction(Mamba2PreTrained):
+    """Hidden states (b, l, d_model) from ids (b, l) or vectors (b, l, d_model); vectors alone if vocab_size is None."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Mamba2Encoder(config) if config.vocab_size is None else Mamba2Model(config)
+
+    def forward(self, inputs: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None) -> Tensor:
+        """The arguments are those of the encoder."""
+        return self.backbone(inputs, inference_params, attention_mask=attention_mask)
+
+
+class Mamba2ForSequenceClassification(Mamba2PreTrained):
+    """A linear classifier (config.num_labels) on the pooled hidden states (config.pooling_strategy)."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Mamba2Encoder(config) if config.vocab_size is None else Mamba2Model(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.d_model, config.num_labels)
+        nn.init.normal_(self.classifier.weight, std=config.initializer_range)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """Logits (b, num_labels), float32, from ids (b, l) or vectors (b, l, d_model).
+
+        attention_mask: (b, l) of 0 and 1; padding on the left or on the right takes no part.
+        labels: (b,) classes, or numbers where num_labels is 1. Then the result is a dict of "loss" (mean cross entropy,
+            or mean squared error) and "logits".
+        """
+        hidden = self.backbone(input_ids, attention_mask=attention_mask)
+        logits = self.classifier(self.dropout(_pool(hidden, attention_mask, self.config.pooling_strategy)))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if labels is None:
+            return logits
+        if labels.shape != logits.shape[:1]:
+            raise ValueError(f"labels must have shape {tuple(logits.shape[:1])}, got {tuple(labels.shape)}")
+        if self.config.num_labels == 1:
+            return {"loss": F.mse_loss(logits[:, 0], labels.to(logits.dtype)), "logits": logits}
+        _check_ids("labels", labels, self.config.num_labels, ndim=1)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def _pool(hidden: Tensor, attention_mask: Tensor | None, strategy: str) -> Tensor:
+    """The last, the mean or the largest of each row's real hidden states (b, l, d_model): (b, d_model)."""
+    real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if not torch.compiler.is_compiling() and not real.any(1).all():
+        raise ValueError("input_ids must have at least one real token in every row to pool over, got a row of none")
+    if strategy == "last":
+        last = (torch.arange(hidden.shape[1], device=hidden.device) * real).argmax(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    if strategy == "mean":
+        sums = hidden.masked_fill(~real[..., None], 0).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return (sums / real.sum(1, keepdim=True)).to(hidden.dtype)
+    return hidden.masked_fill(~real[..., None], -math.inf).amax(1)
+
+
+Mamba2LMHeadModel = Mamba2ForCausalLM  # mamba2-minimal, state-spaces/mamba
+
+
+class Mamba2(Mamba2Mixer):
+    """mamba2-minimal's: the layer, from a config; and state-spaces': from the fields of one, d_model among them."""
+
+    def __init__(self, config: Mamba2Config | None = None, **fields: Any) -> None:
+        if (config is None) != ("d_model" in fields) or (config is not None and fields):
+            got = f"{type(config).__name__} and {', '.join(fields) or 'no fields'}"
+            raise TypeError(
+                f"Mamba2 (the layer; the language model is Mamba2ForCausalLM) needs a config or d_model=, got {got}"
+            )
+        super().__init__(Mamba2Config(**fields) if config is None else config)
+
+
+# -------------------------------------------------- 8. Checkpoints ----------------------------------------------------
+
+# Fields of config.json in transformers' format, ours:theirs, and the values that absent ones have there.
+TRANSFORMERS_FIELDS = dict(
+    pair.split(":")
+    for pair in """
+    d_model:hidden_size n_layer:num_hidden_layers d_state:state_size d_conv:conv_kernel expand:expand headdim:head_dim
+    ngroups:n_groups dt_min:time_step_min dt_max:time_step_max dt_init_floor:time_step_floor dt_limit:time_step_limit
+    bias:use_bias conv_bias:use_conv_bias norm_epsilon:layer_norm_epsilon residual_in_fp32:residual_in_fp32
+    tie_embeddings:tie_word_embeddings initializer_range:initializer_range bos_token_id:bos_token_id
+    eos_token_id:eos_token_id pad_token_id:pad_token_id num_labels:num_labels pooling_strategy:pooling_strategy
+    dropout:classifier_dropout""".split()
+)
+TRANSFORMERS_DEFAULTS = {"d_model": 4096, "n_layer": 64, "vocab_size": 32768, "ngroups": 8, "tie_embeddings": False}
+TRANSFORMERS_DEFAULTS |= {"initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+# In state-spaces' format the layer's arguments have our names; these aren't ours: with the value that they must have,
+# or (...) of no effect on the result.
+LAYER, SSM_CFG = "Mamba2", {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
+SSM_CFG |= {"conv_init": ..., "use_mem_eff_path": ...}
+
+
+def _config_from(stored: Mapping[str, Any]) -> Mamba2Config:
+    """The settings in a checkpoint's config.json; ValueError for a model that this file does not implement."""
+    if "model_type" not in stored:
+        return Mamba2Config.from_dict(_from_state_spaces(stored) | {"chunk_size": Mamba2Config.chunk_size})
+    if (model_type := stored["model_type"]) != "mamba2":
+        use = "mamba.py" if model_type in ("mamba", "falcon_mamba") else "transformers"
+        raise ValueError(f"model_type must be 'mamba2' in this file, got {model_type!r}: use {use}")
+    config = Mamba2Config.from_dict(_from_transformers(stored))
+    if (num_heads := stored.get("num_heads", 128)) != config.nheads:
+        raise ValueError(f"num_heads must be expand * hidden_size / head_dim ({config.nheads}), got {num_heads}")
+    return config
+
+
+def _own_fields(config: Mamba2Config) -> dict[str, Any]:
+    """What config.json in transformers' format says beside TRANSFORMERS_FIELDS."""
+    own = {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]}
+    return own | {"num_heads": config.nheads, "chunk_size": config.chunk_size}
+
+
+def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ours from a config.json of transformers; what we don't use is ignored."""
+    for name, *allowed in (("hidden_act", "silu", "swish"), ("quantization_config", None)):
+        if stored.get(name, allowed[0]) not in allowed:
+            raise ValueError(f"{name} must be {allowed[0]!r} in this file, got {stored[name]!r}: use transformers")
+    values = TRANSFORMERS_DEFAULTS | {
+        ours: stored[name] for ours, name in TRANSFORMERS_FIELDS.items() if name in stored
+    }
+    rows = stored.get("vocab_size", values["vocab_size"])  # there each row may be a token, here some are padding
+    multiple = stored.get("pad_vocab_size_multiple")
+    multiple = multiple if rows and type(multiple) is int and multiple > 0 and rows % multiple == 0 else rows or 1
+    tokens = rows if "transformers_version" in stored else stored.get("unpadded_vocab_size", rows)
+    return values | {"vocab_size": tokens, "pad_vocab_size_multiple": multiple}
+
+
+def _to_transformers(config: Mamba2Config) -> dict[str, Any]:
+    """The fields of a config.json of transformers, which reads vocab_size as the number of rows, padding included."""
+    floats = {f.name for f in fields(config) if f.type is float}  # there 1.0 is allowed, and 1 is not
+    values = {
+        ours: float(getattr(config, ours)) if ours in floats else getattr(config, ours) for ours in TRANSFORMERS_FIELDS
+    }
+    stored = {TRANSFORMERS_FIELDS[ours]: value for ours, value in values.items()}
+    stored |= {"vocab_size": config.padded_vocab_size, "unpadded_vocab_size": config.vocab_size}
+    stored |= {"pad_vocab_size_multiple": config.pad_vocab_size_multiple, "hidden_act": "silu", "use_cache": True}
+    return stored | _own_fields(config)
+
+
+def _from_state_spaces(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ours from a config.json of state-spaces/mamba."""
+    if "d_model" not in stored:
+        raise ValueError("config.json has neither model_type (transformers) nor d_model (state-spaces)")
+    ssm_cfg = dict(stored.get("ssm_cfg") or {})
+    if (layer := ssm_cfg.pop("layer", "Mamba1")) != LAYER:
+        use = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py"}.get(layer, "mamba_ssm")
+        raise ValueError(f"ssm_cfg['layer'] must be {LAYER!r} in this file, got {layer!r}: use {use}")
+    ours = {f.name for f in fields(Mamba2Config)}
+    wrong = {name: stored[name] for name in ("attn_layer_idx", "d_intermediate") if stored.get(name)}  # hybrids
+    wrong |= {} if stored.get("rms_norm", True) else {"rms_norm": False}  # LayerNorm
+    wrong |= {
+        k: v for k, v in ssm_cfg.items() if k not in ours and SSM_CFG.get(k, v if SSM_CFG.get(k) is ... else None) != v
+    }
+    if wrong:
+        raise ValueError(f"config.json is of a model that this file does not implement, with {wrong}: use mamba_ssm")
+    values = {name: value for name, value in (stored | ssm_cfg).items() if name in ours}
+    return values | {"eos_token_id": 0}  # GPT-NeoX's end of text, as in transformers' copies of these checkpoints
+
+
+WEIGHT_FILES = [
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+]
+SHARDS = ["model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"]
+HEADS = {"lm_head.weight", "classifier.weight", "classifier.bias"}
+
+
+def _directory(name: str | os.PathLike, hub: Mapping[str, Any]) -> Path:
+    """The directory of a checkpoint: `name`, or where huggingface_hub has put its copy."""
+    if unknown := hub.keys() - {"revision", "token", "cache_dir", "local_files_only"}:
+        raise TypeError(f"from_pretrained got unknown arguments: {', '.join(sorted(unknown))}")
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    files = ["config.json", "generation_config.json", "tokenizer.json", *WEIGHT_FILES[:2], *SHARDS[:1]]
+    try:
+        directory = Path(snapshot_download(str(name), allow_patterns=files, **hub))
+        if not any(directory.glob("*.safetensors")):
+            snapshot_download(str(name), allow_patterns=WEIGHT_FILES[2:] + SHARDS[1:], **hub)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"can't load {str(name)!r}: no such directory, and the model hub says: {reason}") from None
+    return directory
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """JSON with infinity as `Infinity` or as transformers 5 writes it, {"__float__": "Infinity"}."""
+    if not path.exists():
+        raise OSError(f"can't load {str(path.parent)!r}: it has no {path.name}")
+    try:
+        text = path.read_text()
+        return json.loads(text, object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d)
+    except ValueError as error:  # not JSON, or no text at all
+        raise ValueError(f"can't read {path}: {error}") from None
+
+
+def _stored_tensors(directory: Path) -> dict[str, Tensor]:
+    """A checkpoint's tensors by our names, as views of mapped files where that can be: read when used."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    first = next((name for name in WEIGHT_FILES if (directory / name).exists()), None)
+    if first is None:
+        raise OSError(f"can't load {str(directory)!r}: it has none of {', '.join(WEIGHT_FILES)}")
+    is_index, tensors = first.endswith(".index.json"), {}
+    for name in sorted(set(_read_json(directory / first)["weight_map"].values())) if is_index else [first]:
+        path = directory / name
+        try:
+            if name.endswith(".safetensors"):
+                tensors |= load_file(path)
+            else:  # torch before 1.6 wrote no zip files, which alone can be mapped
+                tensors |= torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise OSError(f"can't load {path}: {error}") from None
+    names = {key: key.removeprefix("backbone.").replace("embedding.", "embeddings.") for key in tensors}
+    return {names[key]: tensor for key, tensor in tensors.items()}
+
+
+def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Mapping[str, Any]) -> Mamba2PreTrained:
+    """See `from_pretrained`. The names of tensors are without "backbone." in here."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be None or a torch.dtype, got {dtype!r}")
+    directory = _directory(name, hub)
+    stored, elsewhere = _read_json(directory / "config.json"), directory / "generation_config.json"
+    if "model_type" in stored and stored.get("eos_token_id") is None and elsewhere.exists():
+        stored["eos_token_id"] = _read_json(elsewhere).get("eos_token_id")
+    config, tensors = _config_from(stored), _stored_tensors(directory)
+    if (head := tensors.get("lm_head.weight")) is not None:  # tensors count more than the config
+        embedding = tensors.setdefault("embeddings.weight", head)
+        config.tie_embeddings = config.tie_embeddings and torch.equal(head, embedding.to(head.dtype))
+    with torch.device("meta"):
+        model = cls(config)
+    wanted = {key.removeprefix("backbone."): value.shape for key, value in model.state_dict().items()}
+    if not HEADS & tensors.keys() & wanted.keys() and hasattr(model, "classifier"):  # the weights of a language model
+        fresh = nn.init.normal_(torch.empty(config.num_labels, config.d_model), std=config.initializer_range)
+        tensors |= {"classifier.weight": fresh, "classifier.bias": torch.zeros(config.num_labels)}
+    tensors = {key: tensor for key, tensor in tensors.items() if key in wanted or key not in HEADS}
+    _check_tensors(f"the tensors of {str(name)!r}", wanted, tensors)
+    backbone = [tensor.dtype for key, tensor in tensors.items() if key not in HEADS]
+    if dtype is None and len(set(backbone)) > 1:
+        dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")).removeprefix("torch."), None)
+    names = {key.removeprefix("backbone."): key for key in model.state_dict()}
+    weights = {names[key]: tensor.to(device, dtype, copy=True) for key, tensor in tensors.items()}
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _check_tensors(what: str, wanted: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming tensors and shapes, unless they are the wanted ones."""
+    problems = [f"{key} is missing" for key in sorted(wanted.keys() - found.keys())]
+    problems += [f"{key} is not in the model" for key in sorted(found.keys() - wanted.keys())]
+    both = sorted(wanted.keys() & found.keys())
+    problems += [f"{k} is {tuple(found[k].shape)}, not {tuple(wanted[k])}" for k in both if found[k].shape != wanted[k]]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{what} do not fit: {'; '.join(problems[:5])}{more}")
+
+
+def _save(model: Mamba2PreTrained, directory: Path, state_dict: Mapping[str, Tensor] | None) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    if state_dict is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        how = "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict, full_state_dict=True"
+        raise ValueError(f"the model's parameters are sharded: {how}, and give the result as state_dict")
+    wrappers = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile's, activation checkpointing's
+    tensors = dict(model.named_parameters()) if state_dict is None else state_dict
+    tensors = {wrappers.sub("", name): tensor.detach() for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        wanted = {key: value.shape for key, value in type(model)(model.config).state_dict().items()}
+    _check_tensors(f"the tensors of this {type(model).__name__}", wanted, tensors)
+    stored = _to_transformers(model.config)
+    if not isinstance(model, Mamba2ForCausalLM):
+        stored["architectures"] = [type(model).__name__]
+    if len(types := {tensor.dtype for tensor in tensors.values()}) == 1:
+        stored["dtype"] = str(*types).removeprefix("torch.")
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
+        save_torch_state_dict(tensors, beside, metadata={"format": "pt"})
+        names = [*sorted(os.listdir(beside)), "config.json"]
+        Path(beside, "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+        for name in names:
+            os.chmod(Path(beside, name), 0o644)
+            os.replace(Path(beside, name), directory / name)
+    for path in itertools.chain.from_iterable(map(directory.glob, WEIGHT_FILES + SHARDS)):
+        if path.name not in names:  # of the checkpoint before
+            path.unlink()
+
+
+# -------------------------------------------------- 9. Command line ---------------------------------------------------
+
+
+def main() -> None:
+    """Stream the continuation of a text to standard output, and a summary to standard error."""
     from tokenizers import Tokenizer
-
-    path = _checkpoint_file(name, "tokenizer.json")
-    if path is None and "model_type" in _read_config(name):
-        raise OSError(f"can't load {str(name)!r}: it has no tokenizer.json")
-    path = path or _checkpoint_file("EleutherAI/gpt-neox-20b", "tokenizer.json")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers has no class of its own for it
-        raise OSError(f"can't read {path}: {error}") from None
-
-
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # one line, no usage
-    parser.add_argument("prompt", nargs="?", help="the text to continue; read from standard input when piped")
-    parser.add_argument("--model", default=str(DEFAULT_CHECKPOINT), help="a directory or a name on the model hub")
-    parser.add_argument("--max-new-tokens", type=int, default=500)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    parser.add_argument("--top-k", type=int, default=None)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=None, help="the same seed gives the same text")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    types = ["auto", "float32", "bfloat16", "float16"]
-    parser.add_argument("--dtype", choices=types, default="auto", help="auto: float32 on a CPU, else the stored type")
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.prompt is None and sys.stdin and not sys.stdin.isatty():
-            arguments.prompt = sys.stdin.read()
-        (arguments.prompt or "").encode()
-    except UnicodeError:
-        parser.error("the prompt must be UTF-8 text")
-    if not arguments.prompt:
-        parser.error("no prompt: give one as an argument or on standard input")
-    if arguments.model == str(DEFAULT_CHECKPOINT) and not DEFAULT_CHECKPOINT.is_dir():
-        parser.error(f"no checkpoint in {DEFAULT_CHECKPOINT}: give --model, a directory or a name on the model hub")
-    if arguments.seed is not None and not 0 <= arguments.seed < 2**64:
-        parser.error(f"--seed must be in [0, 2^64), got {arguments.seed}")
-    devices = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if arguments.device == "auto":
-        arguments.device = next(device for device, available in devices.items() if available)
-    if not devices[arguments.device]:
-        parser.error(f"--device {arguments.device}: torch finds no such device here")
-    if arguments.dtype == "auto":
-        arguments.dtype = "float32" if arguments.device == "cpu" else None
-    return arguments
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    """Stream the continuation to standard output and a summary to standard error."""
-    from huggingface_hub.utils import logging
     from tokenizers.decoders import DecodeStream
 
-    logging.set_verbosity_error()  # an unreachable hub ends in one line
-    dtype = arguments.dtype and getattr(torch, arguments.dtype)
-    model = Mamba2ForCausalLM.from_pretrained(arguments.model, device=arguments.device, dtype=dtype)
-    tokenizer = _load_tokenizer(arguments.model)
-    prompt = tokenizer.encode(arguments.prompt).ids
-    generator = torch.Generator(arguments.device)
-    generator.seed() if arguments.seed is None else generator.manual_seed(arguments.seed)
-    tokens = model.stream(
-        torch.tensor([prompt], device=arguments.device),
-        arguments.max_new_tokens,
-        arguments.temperature,
-        arguments.top_k,
-        arguments.top_p,
-        model.config.eos_token_id,
-        generator=generator,
+    here = Path(globals().get("__file__", "")).parent  # there is no file when this is pasted into a notebook
+    parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
+    add = parser.add_argument
+    add("prompt", nargs="?", help="the text to continue; read from standard input when piped")
+    add(
+        "--model",
+        default=str(here / "pretrained" / "shakespeare-mamba2"),
+        help="a directory or a name on the model hub",
     )
-    print(arguments.prompt, end="", flush=True)
-    decoder = DecodeStream(skip_special_tokens=True)
-    times = [time.perf_counter()]
-    try:
-        for token in tokens:
-            print(decoder.step(tokenizer, token) or "", end="", flush=True)
-            times.append(time.perf_counter())
-    finally:
-        print(flush=True)
-        _print_summary(model, len(prompt), times)
+    add("--max-new-tokens", type=int, default=500)
+    add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    add("--top-k", type=int, default=None)
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, default=None, help="the same seed gives the same text")
+    add("--device", default=None, help="cpu, cuda or mps; by default the best that is there")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="by default float32 on a CPU, else as stored")
+    args = parser.parse_args()
+    if args.prompt is None and not sys.stdin.isatty():
+        args.prompt = sys.stdin.read()
+    if not args.prompt:
+        parser.error("no prompt: give one as an argument or on standard input")
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = args.device or next(device for device, available in found.items() if available)
+    dtype = args.dtype or ("float32" if device == "cpu" else None)
 
-
-def _print_summary(model: Mamba2ForCausalLM, prompt_length: int, times: list[float]) -> None:
-    weight = model.lm_head.weight
-    count = sum(parameter.numel() for parameter in model.parameters())
-    summary = f"{weight.device.type}, {str(weight.dtype).removeprefix('torch.')}, {count / 1e6:.1f}M parameters"
-    if len(times) > 1:
-        summary += f"; prompt {prompt_length} tokens, {prompt_length / (times[1] - times[0]):.0f} tokens/s"
-    if len(times) > 2:
-        summary += f"; generated {len(times) - 1} tokens, {(len(times) - 2) / (times[-1] - times[1]):.0f} tokens/s"
-    print(summary, file=sys.stderr)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    try:
-        _run(_parse_arguments(argv))
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of the output, `head` say, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    model = Mamba2ForCausalLM.from_pretrained(args.model, device=device, dtype=dtype and getattr(torch, dtype))
+    path = _directory(args.model, {}) / "tokenizer.json"
+    if not path.exists():  # state-spaces' checkpoints have none and use GPT-NeoX's
+        path = _directory("EleutherAI/gpt-neox-20b", {}) / "tokenizer.json"
+    tokenizer, decoder = Tokenizer.from_file(str(path)), DecodeStream(skip_special_tokens=True)
+    prompt = torch.tensor([tokenizer.encode(args.prompt).ids], device=device)
+    generator = torch.Generator(device)
+    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
+    print(args.prompt, end="", flush=True)
+    start, count = time.perf_counter(), 0
+    for token in model.stream(prompt, args.max_new_tokens, **sampling):
+        count += 1
+        print(decoder.step(tokenizer, token) or "", end="", flush=True)
+    seconds, size = time.perf_counter() - start, sum(parameter.numel() for parameter in model.parameters())
+    speed = f"{prompt.shape[1]} + {count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s"
+    print(f"\n{device}, {size / 1e6:.1f}M parameters: {speed}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
