@@ -90,31 +90,9 @@ class MambaConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        sizes = ["d_model", "n_layer", "pad_vocab_size_multiple", "d_state", "d_conv", "expand", "num_labels"]
-        self._check("a positive integer", lambda v: type(v) is int and v > 0, *sizes)
+        _check_fields(self)
         self.d_inner = self.expand * self.d_model if self.d_inner is None else self.d_inner
         self.dt_rank = math.ceil(self.d_model / 16) if self.dt_rank == "auto" else self.dt_rank
-        self._check(
-            "a positive integer (dt_rank also 'auto')", lambda v: type(v) is int and v > 0, "d_inner", "dt_rank"
-        )
-        self._check("a positive integer or None", lambda v: v is None or (type(v) is int and v > 0), "vocab_size")
-        numbers = ["dt_min", "dt_max", "dt_init_floor", "dt_scale", "norm_epsilon"]
-        self._check("a positive number", lambda v: _is_number(v) and v > 0, *numbers)
-        self._check("at least dt_min", lambda v: v >= self.dt_min, "dt_max")
-        self._check("a number, 0 or greater", lambda v: _is_number(v) and v >= 0, "initializer_range")
-        self._check("None or a positive number", lambda v: v is None or (_is_number(v) and v > 0), "mixer_rms_eps")
-        self._check("in [0, 1)", lambda v: _is_number(v) and 0 <= v < 1, "dropout")
-        switches = ["bias", "conv_bias", "residual_in_fp32", "tie_embeddings", "gradient_checkpointing"]
-        self._check("True or False", lambda v: type(v) is bool, *switches)
-        self._check("'random' or 'constant'", lambda v: v in ("random", "constant"), "dt_init")
-        self._check("'last', 'mean' or 'max'", lambda v: v in ("last", "mean", "max"), "pooling_strategy")
-        self._check("None or an integer", lambda v: v is None or type(v) is int, "bos_token_id", "pad_token_id")
-        self._check("None, an integer or a list of them", _are_ids, "eos_token_id")
-
-    def _check(self, allowed: str, test: Callable[[Any], bool], *names: str) -> None:
-        for name in names:
-            if not test(getattr(self, name)):
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
     @property
     def padded_vocab_size(self) -> int | None:
@@ -122,8 +100,7 @@ class MambaConfig:
         multiple = self.pad_vocab_size_multiple
         return None if self.vocab_size is None else math.ceil(self.vocab_size / multiple) * multiple
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    to_dict = asdict
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -142,15 +119,6 @@ class MambaConfig:
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> Self:
         return cls.from_dict(json.loads(Path(path).read_text()))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _are_ids(value: Any) -> bool:
-    ids = value if isinstance(value, (list, tuple)) else [value]
-    return value is None or all(type(token) is int for token in ids)
 
 
 # ----------------------------------------------- 3. The selective scan ------------------------------------------------
@@ -175,17 +143,9 @@ def selective_scan_recurrence(
 
 
 def selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    initial_state: Tensor | None = None,
-    *,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    pieces: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None, *,
+    D: Tensor | None = None, z: Tensor | None = None, pieces: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The selective scan (Algorithm 2), each channel of the inner width e with its own state of size n:
 
         h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t        y_t = (C_t . h_t + D u_t) SiLU(z_t)
@@ -316,12 +276,9 @@ def _scan_backward(
     return du, ddt, dA.sum(0), dB, dC, dh
 
 
-@_scan.register_fake
-def _(u, dt, A, B, C, h0):
-    return torch.empty_like(u), torch.empty_like(h0), h0.new_empty(-(-u.shape[1] // BLOCK), *h0.shape)
-
-
-_scan_backward.register_fake(lambda dy, dh, u, dt, A, B, C, _: tuple(map(torch.empty_like, (u, dt, A, B, C, dh))))
+# Shapes for the compiler: outputs are like inputs, and there is a state before each block.
+_scan.register_fake(lambda u, dt, A, B, C, h: (u.clone(), h.clone(), h.new_empty(-(-u.shape[1] // BLOCK), *h.shape)))
+_scan_backward.register_fake(lambda dy, dh, u, dt, A, B, C, _: tuple(v.clone() for v in (u, dt, A, B, C, dh)))
 
 
 class _Scan(torch.autograd.Function):
@@ -403,13 +360,6 @@ def _padded(l: int, lengths: Tensor) -> Tensor:
     return torch.arange(l, device=lengths.device) >= lengths[:, None]
 
 
-def _inverse_softplus_of_log_uniform(dt: Tensor, config: "MambaConfig") -> Tensor:
-    """Where the bias of dt starts: softplus of it is log-uniform in [dt_min, dt_max], at least dt_init_floor."""
-    log_dt = torch.empty_like(dt).uniform_(math.log(config.dt_min), math.log(config.dt_max))
-    dt = log_dt.exp().clamp(min=config.dt_init_floor)
-    return dt + torch.log(-torch.expm1(-dt))
-
-
 class StepSize(nn.Linear):
     """The projection from dt_rank to e that makes dt, in float32 at least: half precision must not round its bias."""
 
@@ -432,19 +382,14 @@ class MambaMixer(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1, n + 1).float().log().repeat(e, 1))
         self.D = nn.Parameter(torch.ones(e))
         self.out_proj = nn.Linear(e, config.d_model, bias=config.bias)
-        self._init_parameters()
-
-    @torch.no_grad()
-    def _init_parameters(self) -> None:
-        """As in the official code: dt starts log-uniform (the paper's section 3.6 says uniform), biases at 0."""
-        scale = self.config.dt_scale * self.config.dt_rank**-0.5
-        self.dt_proj.weight.uniform_(-scale, scale)
-        if self.config.dt_init == "constant":
-            self.dt_proj.weight.fill_(scale)
-        self.dt_proj.bias.copy_(_inverse_softplus_of_log_uniform(self.dt_proj.bias, self.config))
-        for linear in (self.in_proj, self.out_proj):
-            if linear.bias is not None:
-                linear.bias.zero_()
+        scale = config.dt_scale * dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -scale if config.dt_init == "random" else scale, scale)
+        # dt starts log-uniform, as in the official code; section 3.6 says uniform.
+        dt = torch.empty(e).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()
+        dt = dt.clamp(min=config.dt_init_floor)
+        self.dt_proj.bias.data = dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
+        for bias in (linear.bias for linear in (self.in_proj, self.out_proj) if config.bias):
+            nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
         """(b, l, d_model) to the same shape, for any l.
@@ -500,7 +445,7 @@ class MambaBlock(nn.Module):
 
 
 class MambaPreTrained(nn.Module):
-    """What every model here has: a config, checkpoints, and words about its parameters and its cache."""
+    """What all models have: a config, checkpoints, and words about parameters and caches."""
 
     config: MambaConfig
 
@@ -510,19 +455,18 @@ class MambaPreTrained(nn.Module):
     ) -> Self:
         """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
 
-        `name` holds config.json and weights in transformers' or state-spaces' format (safetensors or pytorch_model.bin,
-        in one file or sharded). `dtype` None keeps the stored type, or where there are several takes config.json's;
-        `device` None means the CPU; `hub`: revision, token, cache_dir, local_files_only. Raises OSError where a file is
-        missing or the hub can't be reached, ValueError for a model that this file does not implement and for tensors
-        that don't fit. A classifier may be loaded from a language model's checkpoint: its last layer then is new.
+        name: a checkpoint in transformers' or state-spaces' format, safetensors or pytorch_model.bin, sharded or not. A
+            classifier may be loaded from a language model's: its last layer then is new.
+        device: None means the CPU; dtype: None keeps the stored; hub: revision, token, cache_dir, local_files_only.
+        Raises OSError for missing files, ValueError for a model that isn't implemented here and tensors that don't fit.
         """
         return _load(cls, name, device or "cpu", dtype, hub)
 
     def save_pretrained(self, directory: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors (sharded above 5 GB) in transformers' format.
 
-        state_dict: the weights, where those of the model are sharded over processes. The files are written beside
-        their places, then moved there. Raises ValueError, before, for weights that a model of this config doesn't have.
+        state_dict: the weights, where those of the model are sharded over processes. Raises ValueError, and writes
+            nothing, unless names and shapes are those of a model with this config.
         """
         _save(self, Path(directory), state_dict)
 
@@ -539,10 +483,10 @@ class MambaPreTrained(nn.Module):
         return getattr(self, "backbone", self).embeddings
 
     def get_cache_info(self, inference_params: Any) -> dict[str, float]:
-        return _cache_info(inference_params)
+        return InferenceParams.get_cache_info(inference_params)
 
     def reset_cache(self, inference_params: Any) -> None:
-        _reset_cache(inference_params)
+        InferenceParams.reset(inference_params)
 
 
 class MambaEncoder(MambaPreTrained):
@@ -570,7 +514,12 @@ class MambaEncoder(MambaPreTrained):
         if left is not None:  # the real tokens first, so that only padding on the right remains
             x = _roll(x, left)
             x = x.masked_fill(_padded(x.shape[1], lengths)[..., None], 0)
-        states = [None] * len(self.layers) if inference_params is None else self._states(inference_params)
+        states = [None] * len(self.layers)
+        if inference_params is not None:
+            stored, all_layers = inference_params.key_value_memory_dict, range(len(self.layers))
+            if stored and stored.keys() != set(all_layers):
+                raise ValueError(f"inference_params must hold states of {all_layers} or none, got {sorted(stored)}")
+            states = [LayerState(*stored.get(i, ())) for i in all_layers]
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, state in zip(self.layers, states, strict=True):
             if recompute and state is None:  # a state would hold its new tensors by then
@@ -579,19 +528,10 @@ class MambaEncoder(MambaPreTrained):
                 x = layer(x, state, lengths)
         x = self.norm_f(x)
         if inference_params is not None:
-            new = {i: tuple(v.detach() for v in state.tensors()) for i, state in enumerate(states)}
-            inference_params.key_value_memory_dict.update(new)
+            stored.update({i: tuple(v.detach() for v in state.tensors()) for i, state in enumerate(states)})
             if isinstance(inference_params, InferenceParams):
                 inference_params.seqlen_offset += x.shape[1]
         return x if left is None else _roll(x, -left)
-
-    def _states(self, inference_params: Any) -> list[LayerState]:
-        """A state for each layer, by its position, from a cache that holds them for all layers or for none."""
-        stored = inference_params.key_value_memory_dict
-        if stored and stored.keys() != set(range(len(self.layers))):
-            allowed = f"hold states of layers 0 to {len(self.layers) - 1}, or none"
-            raise ValueError(f"inference_params must {allowed}, got {sorted(stored)}")
-        return [LayerState(*stored.get(i, ())) for i in range(len(self.layers))]
 
 
 class Embedding(nn.Embedding):
@@ -602,20 +542,22 @@ class Embedding(nn.Embedding):
 
 
 class MambaModel(MambaEncoder):
-    """The encoder with an embedding: ids (b, l), or embeddings (b, l, d_model), to hidden states (b, l, d_model)."""
+    """The encoder with an embedding: ids (b, l), or embeddings (b, l, d_model), to hidden states (b, l, d_model).
+
+    Where config.vocab_size is None there is no embedding, and the input is vectors.
+    """
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
-        if config.vocab_size is None:
-            raise ValueError("vocab_size must be a positive integer in a model with an embedding, got None")
-        self.embeddings = Embedding(config.padded_vocab_size, config.d_model)
-        nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
+        if config.vocab_size is not None:
+            self.embeddings = Embedding(config.padded_vocab_size, config.d_model)
+            nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
 
     def forward(
         self, input_ids: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None
     ) -> Tensor:
         x = input_ids
-        if not x.is_floating_point():
+        if not x.is_floating_point() and self.config.vocab_size is not None:
             _check_ids("input_ids", x, self.config.padded_vocab_size, ndim=2)
             x = self.embeddings(x)
         return super().forward(x, inference_params, attention_mask=attention_mask)
@@ -626,6 +568,7 @@ class MambaForCausalLM(MambaPreTrained):
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
+        _require(config.vocab_size is not None, "vocab_size must be a positive integer in a language model, got None")
         self.config = config
         self.backbone = MambaModel(config)
         if not config.tie_embeddings:
@@ -636,14 +579,9 @@ class MambaForCausalLM(MambaPreTrained):
         return self.backbone.embeddings if self.config.tie_embeddings else self.lm_head
 
     def forward(
-        self,
-        input_ids: Tensor,
-        inference_params: Any = None,
-        labels: Tensor | None = None,
-        *,
-        attention_mask: Tensor | None = None,
-        num_last_tokens: int = 0,
-    ) -> Tensor | dict[str, Tensor]:
+        self, input_ids: Tensor, inference_params: Any = None, labels: Tensor | None = None, *,
+        attention_mask: Tensor | None = None, num_last_tokens: int = 0,
+    ) -> Tensor | dict[str, Tensor]:  # fmt: skip
         """Logits (b, l, padded_vocab_size), float32, from ids (b, l) or embeddings (b, l, d_model).
 
         inference_params, attention_mask: see the encoder. Any number of tokens a call.
@@ -651,8 +589,8 @@ class MambaForCausalLM(MambaPreTrained):
             the result is a dict of "loss" (mean cross entropy in nats, float32) and "logits".
         num_last_tokens: k > 0 gives the logits of the last k positions alone.
         """
-        if num_last_tokens < 0 or (num_last_tokens and labels is not None):
-            raise ValueError(f"num_last_tokens must be 0 (all) with labels, else not negative, got {num_last_tokens}")
+        most = math.inf if labels is None else 0
+        _require(0 <= num_last_tokens <= most, f"num_last_tokens must be 0 (all) to {most}, got {num_last_tokens}")
         hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
         logits = self.get_output_embeddings()(hidden[:, -num_last_tokens:])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -661,7 +599,6 @@ class MambaForCausalLM(MambaPreTrained):
     @torch.no_grad()
     def step(self, token_ids: Tensor, inference_params: Any) -> Tensor:
         """Logits (b, padded_vocab_size) after one more token (b,): time and memory don't depend on what came before."""
-        _check_ids("token_ids", token_ids, self.config.padded_vocab_size, ndim=1)
         return self(token_ids[:, None], inference_params)[:, -1]
 
     @torch.no_grad()
@@ -674,18 +611,10 @@ class MambaForCausalLM(MambaPreTrained):
         return self(token_ids[:, None], cache)[:, -1], cache.key_value_memory_dict
 
     def generate(
-        self,
-        input_ids: Tensor,
-        max_new_tokens: int = 50,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        eos_token_id: int | Sequence[int] | None = None,
-        attention_mask: Tensor | None = None,
-        use_cache: bool = True,
-        generator: torch.Generator | None = None,
-        inference_params: Any = None,
-    ) -> Tensor:
+        self, input_ids: Tensor, max_new_tokens: int = 50, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float = 1.0, eos_token_id: int | Sequence[int] | None = None, attention_mask: Tensor | None = None,
+        use_cache: bool = True, generator: torch.Generator | None = None, inference_params: Any = None,
+    ) -> Tensor:  # fmt: skip
         """Continue prompts (b, l): ids (b, l + new), new <= max_new_tokens.
 
         temperature 0 takes the likeliest token; else one is drawn from softmax(logits / temperature), of the `top_k`
@@ -696,27 +625,13 @@ class MambaForCausalLM(MambaPreTrained):
         use_cache: False reads the whole text anew for every token: the same ids, slowly.
         inference_params: a cache whose text the prompt continues; afterwards it has read all but each row's last token.
         """
-        sampling = (temperature, top_k, top_p, generator)
-        settings = (max_new_tokens, sampling, eos_token_id, attention_mask, use_cache, inference_params)
-        return torch.cat([input_ids, *(token[:, None] for token in _generate(self, input_ids, *settings))], dim=1)
+        sampling = (temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator, inference_params)
+        tokens = _generate(self, input_ids, max_new_tokens, *sampling)
+        return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)
 
-    def stream(
-        self,
-        input_ids: Tensor,
-        max_new_tokens: int = 50,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        eos_token_id: int | Sequence[int] | None = None,
-        attention_mask: Tensor | None = None,
-        use_cache: bool = True,
-        generator: torch.Generator | None = None,
-        inference_params: Any = None,
-    ) -> Iterator[int | Tensor]:
-        """The new tokens of `generate` as they come: an int for one prompt, ids (b,) for several."""
-        sampling = (temperature, top_k, top_p, generator)
-        settings = (max_new_tokens, sampling, eos_token_id, attention_mask, use_cache, inference_params)
-        tokens = _generate(self, input_ids, *settings)
+    def stream(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Iterator[int | Tensor]:
+        """The new tokens of `generate` (the same arguments) as they come: an int for one prompt, else ids (b,)."""
+        tokens = _generate(self, input_ids, *args, **kwargs)
         return (token.item() for token in tokens) if len(input_ids) == 1 else tokens
 
     generate_streaming = stream  # MiniMamba
@@ -736,8 +651,7 @@ def _check_vectors(x: Tensor, width: int) -> None:
 def _check_ids(name: str, ids: Tensor, size: int, ndim: int) -> None:
     """Raise ValueError unless ids are integers in [0, size); compiled code doesn't look at values."""
     if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != ndim:
-        allowed = f"int64 of {ndim} dimensions (a model also takes embeddings of {ndim + 1})"
-        raise ValueError(f"{name} must be {allowed}, got {ids.dtype} of shape {tuple(ids.shape)}")
+        raise ValueError(f"{name} must be int64 of {ndim} dimensions, got {ids.dtype} of shape {tuple(ids.shape)}")
     if ids.numel() and not ids.is_meta and not torch.compiler.is_compiling():
         low, high = (bound.item() for bound in torch.aminmax(ids))
         if low < 0 or high >= size:
@@ -748,15 +662,13 @@ def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, 
     """How many padding tokens each row begins with, and how many real ones follow, both (b,); None if all are real."""
     if attention_mask.shape != shape:
         raise ValueError(f"attention_mask must have shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
-    real = attention_mask.bool()
-    lengths = real.sum(1)
+    real, lengths = attention_mask.bool(), attention_mask.bool().sum(1)
     left = real.int().argmax(1) if shape[1] else lengths
     if torch.compiler.is_compiling():  # doesn't look at values
         return left, lengths
     position = torch.arange(shape[1], device=real.device) - left[:, None]
-    if not torch.equal(real, (position >= 0) & (position < lengths[:, None])) or not torch.equal(
-        attention_mask, real.to(attention_mask.dtype)
-    ):
+    expected = ((position >= 0) & (position < lengths[:, None])).to(attention_mask.dtype)
+    if not torch.equal(attention_mask, expected):
         raise ValueError("attention_mask must hold 0 and 1, the zeros on the left or on the right, not between ones")
     return (None, None) if real.all() else (left, lengths)
 
@@ -798,7 +710,9 @@ class InferenceParams:
 
     def reset(self) -> None:
         """Forget everything: the next call starts a new sequence."""
-        _reset_cache(self)
+        getattr(self, "key_value_memory_dict", {}).clear()
+        if isinstance(self, InferenceParams):
+            self.seqlen_offset = 0
 
     reset_cache = reset  # MiniMamba's name
 
@@ -816,73 +730,48 @@ class InferenceParams:
         return InferenceParams(states, self.seqlen_offset)
 
     def get_cache_info(self) -> dict[str, float]:
-        return _cache_info(self)
-
-
-def _cache_info(inference_params: Any) -> dict[str, float]:
-    """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset; of no cache, zeros."""
-    stored = getattr(inference_params, "key_value_memory_dict", {})
-    tensors = [tensor for state in stored.values() for tensor in state]
-    info = {"memory_mb": sum(tensor.nbytes for tensor in tensors) / 1e6, "cached_layers": len(stored)}
-    return info | {"total_tensors": len(tensors), "seqlen_offset": getattr(inference_params, "seqlen_offset", 0)}
-
-
-def _reset_cache(inference_params: Any) -> None:
-    getattr(inference_params, "key_value_memory_dict", {}).clear()
-    if isinstance(inference_params, InferenceParams):
-        inference_params.seqlen_offset = 0
-
-
-def _generate(
-    model: MambaForCausalLM,
-    ids: Tensor,
-    max_new_tokens: int,
-    sampling: tuple,
-    eos: int | Sequence[int] | None,
-    mask: Tensor | None,
-    use_cache: bool,
-    cache: Any,
-) -> Iterator[Tensor]:
-    """Check the arguments of `generate`, then return an iterator over its new tokens, (b,) each."""
-    if ids.ndim != 2 or ids.shape[1] == 0:
-        raise ValueError(f"input_ids must have shape (b, l) with l > 0, got {tuple(ids.shape)}")
-    if type(max_new_tokens) is not int or max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be an integer, 0 or greater, got {max_new_tokens!r}")
-    _check_sampling(*sampling[:3])
-    if not _are_ids(eos):
-        raise ValueError(f"eos_token_id must be None, an integer or a list of them, got {eos!r}")
-    eos = model.config.eos_token_id if eos is None else eos
-    if cache is not None and not use_cache:
-        raise ValueError("use_cache must be True where inference_params is given, got False")
-    left, lengths = (None, None) if mask is None else _padding(mask, ids.shape)
-    if left is not None and not lengths.all():
-        raise ValueError("attention_mask must leave at least one real token in every row")
-    if left is not None:  # padding to the left, so that every row's last token is real
-        ids, mask = (_roll(v, left + lengths) for v in (ids, mask))
-    cache = InferenceParams() if cache is None and use_cache else cache
-    return _tokens(model, ids, mask, max_new_tokens, sampling, [eos] if type(eos) is int else list(eos or ()), cache)
+        """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
+        stored = getattr(self, "key_value_memory_dict", {})  # a model lends this method to foreign caches, and to None
+        tensors = [tensor for state in stored.values() for tensor in state]
+        info = {"memory_mb": sum(tensor.nbytes for tensor in tensors) / 1e6, "cached_layers": len(stored)}
+        return info | {"total_tensors": len(tensors), "seqlen_offset": getattr(self, "seqlen_offset", 0)}
 
 
 @torch.no_grad()
-def _tokens(
-    model: MambaForCausalLM, unread: Tensor, mask: Tensor | None, count: int, sampling: tuple, eos: list, cache: Any
-) -> Iterator[Tensor]:
-    """Read what is unread, draw a token, and so on; without a cache everything is unread each time."""
+def _generate(
+    model: MambaForCausalLM, unread: Tensor, max_new_tokens: int = 50, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float = 1.0, eos_token_id: int | Sequence[int] | None = None,
+    attention_mask: Tensor | None = None, use_cache: bool = True, generator: torch.Generator | None = None,
+    inference_params: Any = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """The new tokens of `generate`, (b,) each: read what is unread, draw a token, and so on."""
+    shape, eos = tuple(unread.shape), model.config.eos_token_id if eos_token_id is None else eos_token_id
+    _require(len(shape) == 2 and shape[1] > 0, f"input_ids must have shape (b, l) with l > 0, got {shape}")
+    allowed = "max_new_tokens must be an integer, 0 or greater"
+    _require(type(max_new_tokens) is int and max_new_tokens >= 0, f"{allowed}, got {max_new_tokens!r}")
+    sample(torch.empty(0, 1), temperature, top_k, top_p)  # checks them, before anything is read
+    _require(eos is None or _are_ids(eos), f"eos_token_id must be None, an integer or a list of them, got {eos!r}")
+    eos = [eos] if type(eos) is int else list(eos or ())
+    _require(use_cache or inference_params is None, "use_cache must be True with inference_params, got False")
+    cache, mask = InferenceParams() if inference_params is None else inference_params, attention_mask
+    left, lengths = (None, None) if mask is None else _padding(mask, unread.shape)
+    if left is not None:  # padding to the left, so that every row's last token is real
+        _require(bool(lengths.all()), "attention_mask must leave at least one real token in every row")
+        unread, mask = (_roll(v, left + lengths) for v in (unread, mask))
     ended = torch.zeros_like(unread[:, 0], dtype=torch.bool)
-    for _ in range(count):
-        logits = _read(model, unread, mask, InferenceParams() if cache is None else cache)
-        token = sample(logits[:, : model.config.vocab_size], *sampling)
-        if eos:
-            token = token.masked_fill(ended, eos[0])
-            ended = ended | torch.isin(token, torch.tensor(eos, device=token.device))
+    for _ in range(max_new_tokens):
+        logits = _read(model, unread, mask, cache if use_cache else InferenceParams())
+        token = sample(logits[:, : model.config.vocab_size], temperature, top_k, top_p, generator)
+        token = token.masked_fill(ended, eos[0]) if eos else token
         yield token
+        ended = ended | torch.isin(token, torch.tensor(eos, dtype=token.dtype, device=token.device))
         if eos and ended.all():
             return
-        if cache is None:
+        if use_cache:  # rows that ended read nothing more
+            unread, mask = token[:, None], (~ended)[:, None] if eos and ended.any() else None
+        else:  # everything is unread each time
             unread = torch.cat([unread, token[:, None]], dim=1)
             mask = None if mask is None else F.pad(mask, (0, 1), value=1)
-        else:  # rows that ended read nothing more
-            unread, mask = token[:, None], (~ended)[:, None] if eos and ended.any() else None
 
 
 def _read(model: MambaForCausalLM, ids: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
@@ -895,13 +784,14 @@ def _read(model: MambaForCausalLM, ids: Tensor, mask: Tensor | None, cache: Any)
 
 
 def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Draw a token for each row of logits (b, v): ids (b,). The settings are those of `generate`."""
+    _require(0 <= temperature < math.inf, f"temperature must be 0 (greedy) or greater, got {temperature!r}")
+    is_count = top_k is None or (type(top_k) is int and top_k >= 0)
+    _require(is_count, f"top_k must be None or an integer, 0 (all) or greater, got {top_k!r}")
+    _require(0 < top_p <= 1, f"top_p must be in (0, 1], got {top_p!r}")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0, which no temperature makes infinite
@@ -925,15 +815,6 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) 
     return logits
 
 
-def _check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be 0 (greedy) or greater, got {temperature!r}")
-    if top_k is not None and (type(top_k) is not int or top_k < 0):
-        raise ValueError(f"top_k must be None or an integer, 0 (all) or greater, got {top_k!r}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
-
-
 def _resize(model: MambaForCausalLM, vocab_size: int) -> nn.Module:
     config = replace(model.config, vocab_size=vocab_size)  # checks it
     for part in {model.get_input_embeddings(), model.get_output_embeddings()}:
@@ -949,26 +830,13 @@ def _resize(model: MambaForCausalLM, vocab_size: int) -> nn.Module:
 # ------------------------------------ 7. Other heads, and other projects' names ---------------------------------------
 
 
-class MambaForFeatureExtraction(MambaPreTrained):
-    """Hidden states (b, l, d_model) from ids (b, l) or vectors (b, l, d_model); vectors alone if vocab_size is None."""
-
-    def __init__(self, config: MambaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.backbone = MambaEncoder(config) if config.vocab_size is None else MambaModel(config)
-
-    def forward(self, inputs: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None) -> Tensor:
-        """The arguments are those of the encoder."""
-        return self.backbone(inputs, inference_params, attention_mask=attention_mask)
-
-
 class MambaForSequenceClassification(MambaPreTrained):
     """A linear classifier (config.num_labels) on the pooled hidden states (config.pooling_strategy)."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = MambaEncoder(config) if config.vocab_size is None else MambaModel(config)
+        self.backbone = MambaModel(config)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(config.d_model, config.num_labels)
         nn.init.normal_(self.classifier.weight, std=config.initializer_range)
@@ -1010,6 +878,7 @@ def _pool(hidden: Tensor, attention_mask: Tensor | None, strategy: str) -> Tenso
     return hidden.masked_fill(~real[..., None], -math.inf).amax(1)
 
 
+MambaForFeatureExtraction = MambaModel  # hidden states: MiniMamba
 MambaLMConfig = MambaClassificationConfig = MambaConfig  # MiniMamba
 S6 = MambaMixer  # MiniMamba
 MambaLMHeadModel = MambaForCausalLM  # state-spaces/mamba
@@ -1034,97 +903,74 @@ class Mamba(MambaForCausalLM):
 
 # -------------------------------------------------- 8. Checkpoints ----------------------------------------------------
 
-# Fields of config.json in transformers' format, ours:theirs, and the values that absent ones have there.
-TRANSFORMERS_FIELDS = dict(
-    pair.split(":")
-    for pair in """
-    d_model:hidden_size n_layer:num_hidden_layers d_state:state_size d_conv:conv_kernel expand:expand
-    d_inner:intermediate_size dt_rank:time_step_rank dt_min:time_step_min dt_max:time_step_max
-    dt_init:time_step_init_scheme dt_scale:time_step_scale dt_init_floor:time_step_floor bias:use_bias
-    conv_bias:use_conv_bias norm_epsilon:layer_norm_epsilon residual_in_fp32:residual_in_fp32
-    tie_embeddings:tie_word_embeddings initializer_range:initializer_range bos_token_id:bos_token_id
-    eos_token_id:eos_token_id pad_token_id:pad_token_id num_labels:num_labels pooling_strategy:pooling_strategy
-    dropout:classifier_dropout""".split()
-)
+# Fields of config.json in transformers' format, ours=theirs, and the values that absent ones have there.
+TRANSFORMERS_FIELDS = """
+    d_model=hidden_size n_layer=num_hidden_layers d_state=state_size d_conv=conv_kernel expand=expand
+    d_inner=intermediate_size dt_rank=time_step_rank dt_min=time_step_min dt_max=time_step_max
+    dt_init=time_step_init_scheme dt_scale=time_step_scale dt_init_floor=time_step_floor bias=use_bias
+    conv_bias=use_conv_bias norm_epsilon=layer_norm_epsilon residual_in_fp32=residual_in_fp32
+    tie_embeddings=tie_word_embeddings initializer_range=initializer_range bos_token_id=bos_token_id
+    eos_token_id=eos_token_id pad_token_id=pad_token_id num_labels=num_labels pooling_strategy=pooling_strategy
+    dropout=classifier_dropout"""
 TRANSFORMERS_DEFAULTS = {"n_layer": 32, "vocab_size": 50280, "initializer_range": 0.1}
 TRANSFORMERS_DEFAULTS |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-# In state-spaces' format the layer's arguments have our names; these aren't ours: with the value that they must have,
-# or (...) of no effect on the result.
-LAYER, SSM_CFG = "Mamba1", {"use_fast_path": ...}
+# In state-spaces' format ssm_cfg has arguments of its layer by our names, and some that aren't ours: those must have a
+# certain value or have no effect on the result.
+LAYER, SSM_CFG_FIXED, SSM_CFG_IGNORED = "Mamba1", {}, {"use_fast_path"}
 
 
 def _config_from(stored: Mapping[str, Any]) -> MambaConfig:
     """The settings in a checkpoint's config.json; ValueError for a model that this file does not implement."""
     if "model_type" not in stored:
         return MambaConfig.from_dict(_from_state_spaces(stored))
-    if (model_type := stored["model_type"]) not in ("mamba", "falcon_mamba"):
-        use = "mamba2.py" if model_type == "mamba2" else "transformers"
-        raise ValueError(f"model_type must be 'mamba' or 'falcon_mamba' in this file, got {model_type!r}: use {use}")
+    model_type, allowed = stored["model_type"], ("mamba", "falcon_mamba")
+    use = "mamba2.py" if model_type == "mamba2" else "transformers"
+    _require(model_type in allowed, f"model_type must be one of {allowed} in this file, got {model_type!r}: use {use}")
     falcon = {"mixer_rms_eps": stored.get("mixer_rms_eps", 1e-6)} if model_type == "falcon_mamba" else {}
     return MambaConfig.from_dict(_from_transformers(stored) | falcon)
 
 
-def _own_fields(config: MambaConfig) -> dict[str, Any]:
-    """What config.json in transformers' format says beside TRANSFORMERS_FIELDS."""
-    if config.mixer_rms_eps is None:
-        return {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
-    falcon = {"model_type": "falcon_mamba", "architectures": ["FalconMambaForCausalLM"]}
-    return falcon | {"mixer_rms_eps": config.mixer_rms_eps}
+def _to_transformers(config: MambaConfig) -> dict[str, Any]:
+    """The fields of a config.json of transformers, which reads vocab_size as the number of rows, padding included."""
+    stored = {name: getattr(config, ours) for ours, name in re.findall(r"(\w+)=(\w+)", TRANSFORMERS_FIELDS)}
+    stored |= {"vocab_size": config.padded_vocab_size, "unpadded_vocab_size": config.vocab_size}
+    stored |= {"pad_vocab_size_multiple": config.pad_vocab_size_multiple, "hidden_act": "silu", "use_cache": True}
+    falcon = {} if config.mixer_rms_eps is None else {"mixer_rms_eps": config.mixer_rms_eps}
+    names = ("falcon_mamba", "FalconMambaForCausalLM") if falcon else ("mamba", "MambaForCausalLM")
+    return stored | falcon | {"model_type": names[0], "architectures": [names[1]]}
 
 
 def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ours from a config.json of transformers; what we don't use is ignored."""
     for name, *allowed in (("hidden_act", "silu", "swish"), ("quantization_config", None)):
-        if stored.get(name, allowed[0]) not in allowed:
-            raise ValueError(f"{name} must be {allowed[0]!r} in this file, got {stored[name]!r}: use transformers")
-    values = TRANSFORMERS_DEFAULTS | {
-        ours: stored[name] for ours, name in TRANSFORMERS_FIELDS.items() if name in stored
-    }
-    rows = stored.get("vocab_size", values["vocab_size"])  # there each row may be a token, here some are padding
+        value = stored.get(name, allowed[0])
+        _require(value in allowed, f"{name} must be {allowed[0]!r} in this file, got {value!r}: use transformers")
+    named = {ours: stored[name] for ours, name in re.findall(r"(\w+)=(\w+)", TRANSFORMERS_FIELDS) if name in stored}
+    rows = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])  # there each may be a token, here not
+    tokens = rows if "transformers_version" in stored else stored.get("unpadded_vocab_size", rows)
     multiple = stored.get("pad_vocab_size_multiple")
     multiple = multiple if rows and type(multiple) is int and multiple > 0 and rows % multiple == 0 else rows or 1
-    tokens = rows if "transformers_version" in stored else stored.get("unpadded_vocab_size", rows)
-    return values | {"vocab_size": tokens, "pad_vocab_size_multiple": multiple}
-
-
-def _to_transformers(config: MambaConfig) -> dict[str, Any]:
-    """The fields of a config.json of transformers, which reads vocab_size as the number of rows, padding included."""
-    floats = {f.name for f in fields(config) if f.type is float}  # there 1.0 is allowed, and 1 is not
-    values = {
-        ours: float(getattr(config, ours)) if ours in floats else getattr(config, ours) for ours in TRANSFORMERS_FIELDS
-    }
-    stored = {TRANSFORMERS_FIELDS[ours]: value for ours, value in values.items()}
-    stored |= {"vocab_size": config.padded_vocab_size, "unpadded_vocab_size": config.vocab_size}
-    stored |= {"pad_vocab_size_multiple": config.pad_vocab_size_multiple, "hidden_act": "silu", "use_cache": True}
-    return stored | _own_fields(config)
+    return TRANSFORMERS_DEFAULTS | named | {"vocab_size": tokens, "pad_vocab_size_multiple": multiple}
 
 
 def _from_state_spaces(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ours from a config.json of state-spaces/mamba."""
-    if "d_model" not in stored:
-        raise ValueError("config.json has neither model_type (transformers) nor d_model (state-spaces)")
-    ssm_cfg = dict(stored.get("ssm_cfg") or {})
-    if (layer := ssm_cfg.pop("layer", "Mamba1")) != LAYER:
-        use = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py"}.get(layer, "mamba_ssm")
-        raise ValueError(f"ssm_cfg['layer'] must be {LAYER!r} in this file, got {layer!r}: use {use}")
-    ours = {f.name for f in fields(MambaConfig)}
+    _require("d_model" in stored, "config.json has neither model_type (transformers) nor d_model (state-spaces)")
+    ssm_cfg = {"layer": "Mamba1"} | (stored.get("ssm_cfg") or {})
+    layer = ssm_cfg.pop("layer")
+    use = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py"}.get(layer, "mamba_ssm")
+    _require(layer == LAYER, f"ssm_cfg['layer'] must be {LAYER!r} in this file, got {layer!r}: use {use}")
+    ours = {f.name for f in fields(MambaConfig)} - SSM_CFG_IGNORED
     wrong = {name: stored[name] for name in ("attn_layer_idx", "d_intermediate") if stored.get(name)}  # hybrids
     wrong |= {} if stored.get("rms_norm", True) else {"rms_norm": False}  # LayerNorm
-    wrong |= {
-        k: v for k, v in ssm_cfg.items() if k not in ours and SSM_CFG.get(k, v if SSM_CFG.get(k) is ... else None) != v
-    }
-    if wrong:
-        raise ValueError(f"config.json is of a model that this file does not implement, with {wrong}: use mamba_ssm")
-    values = {name: value for name, value in (stored | ssm_cfg).items() if name in ours}
-    return values | {"eos_token_id": 0}  # GPT-NeoX's end of text, as in transformers' copies of these checkpoints
+    known = ours | SSM_CFG_IGNORED
+    wrong |= {k: v for k, v in ssm_cfg.items() if k not in known and SSM_CFG_FIXED.get(k, ...) != v}
+    _require(not wrong, f"config.json is of a model that this file does not implement, with {wrong}: use mamba_ssm")
+    # The end of text is GPT-NeoX's, as in transformers' copies of these checkpoints.
+    return {name: value for name, value in (stored | ssm_cfg).items() if name in ours} | {"eos_token_id": 0}
 
 
-WEIGHT_FILES = [
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-]
+WEIGHT_FILES = [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
 SHARDS = ["model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"]
 HEADS = {"lm_head.weight", "classifier.weight", "classifier.bias"}
 
@@ -1150,8 +996,6 @@ def _directory(name: str | os.PathLike, hub: Mapping[str, Any]) -> Path:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """JSON with infinity as `Infinity` or as transformers 5 writes it, {"__float__": "Infinity"}."""
-    if not path.exists():
-        raise OSError(f"can't load {str(path.parent)!r}: it has no {path.name}")
     try:
         text = path.read_text()
         return json.loads(text, object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d)
@@ -1164,27 +1008,24 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    first = next((name for name in WEIGHT_FILES if (directory / name).exists()), None)
-    if first is None:
+    if not (there := [name for name in WEIGHT_FILES if (directory / name).exists()]):
         raise OSError(f"can't load {str(directory)!r}: it has none of {', '.join(WEIGHT_FILES)}")
-    is_index, tensors = first.endswith(".index.json"), {}
-    for name in sorted(set(_read_json(directory / first)["weight_map"].values())) if is_index else [first]:
+    is_index, tensors = there[0].endswith(".index.json"), {}
+    for name in sorted(set(_read_json(directory / there[0])["weight_map"].values())) if is_index else there[:1]:
         path = directory / name
         try:
             if name.endswith(".safetensors"):
                 tensors |= load_file(path)
             else:  # torch before 1.6 wrote no zip files, which alone can be mapped
                 tensors |= torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-        except (SafetensorError, FileNotFoundError) as error:
+        except SafetensorError as error:
             raise OSError(f"can't load {path}: {error}") from None
-    names = {key: key.removeprefix("backbone.").replace("embedding.", "embeddings.") for key in tensors}
-    return {names[key]: tensor for key, tensor in tensors.items()}
+    return {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in tensors.items()}
 
 
 def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Mapping[str, Any]) -> MambaPreTrained:
     """See `from_pretrained`. The names of tensors are without "backbone." in here."""
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"dtype must be None or a torch.dtype, got {dtype!r}")
+    _require(dtype is None or isinstance(dtype, torch.dtype), f"dtype must be None or a torch.dtype, got {dtype!r}")
     directory = _directory(name, hub)
     stored, elsewhere = _read_json(directory / "config.json"), directory / "generation_config.json"
     if "model_type" in stored and stored.get("eos_token_id") is None and elsewhere.exists():
@@ -1195,16 +1036,15 @@ def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Map
         config.tie_embeddings = config.tie_embeddings and torch.equal(head, embedding.to(head.dtype))
     with torch.device("meta"):
         model = cls(config)
-    wanted = {key.removeprefix("backbone."): value.shape for key, value in model.state_dict().items()}
+    names = {key.removeprefix("backbone."): key for key in model.state_dict()}
+    wanted = {key: model.get_parameter(name).shape for key, name in names.items()}
     if not HEADS & tensors.keys() & wanted.keys() and hasattr(model, "classifier"):  # the weights of a language model
-        fresh = nn.init.normal_(torch.empty(config.num_labels, config.d_model), std=config.initializer_range)
-        tensors |= {"classifier.weight": fresh, "classifier.bias": torch.zeros(config.num_labels)}
+        new = torch.zeros(1 + config.d_model, config.num_labels, dtype=tensors["norm_f.weight"].dtype)
+        tensors |= {"classifier.bias": new[0], "classifier.weight": new[1:].mT.normal_(std=config.initializer_range)}
     tensors = {key: tensor for key, tensor in tensors.items() if key in wanted or key not in HEADS}
     _check_tensors(f"the tensors of {str(name)!r}", wanted, tensors)
-    backbone = [tensor.dtype for key, tensor in tensors.items() if key not in HEADS]
-    if dtype is None and len(set(backbone)) > 1:
+    if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:
         dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")).removeprefix("torch."), None)
-    names = {key.removeprefix("backbone."): key for key in model.state_dict()}
     weights = {names[key]: tensor.to(device, dtype, copy=True) for key, tensor in tensors.items()}
     model.load_state_dict(weights, assign=True)
     return model.eval()
@@ -1216,17 +1056,16 @@ def _check_tensors(what: str, wanted: Mapping[str, torch.Size], found: Mapping[s
     problems += [f"{key} is not in the model" for key in sorted(found.keys() - wanted.keys())]
     both = sorted(wanted.keys() & found.keys())
     problems += [f"{k} is {tuple(found[k].shape)}, not {tuple(wanted[k])}" for k in both if found[k].shape != wanted[k]]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{what} do not fit: {'; '.join(problems[:5])}{more}")
+    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    _require(not problems, f"{what} do not fit: {'; '.join(problems[:5])}{more}")
 
 
 def _save(model: MambaPreTrained, directory: Path, state_dict: Mapping[str, Tensor] | None) -> None:
     from huggingface_hub import save_torch_state_dict
 
-    if state_dict is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        how = "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict, full_state_dict=True"
-        raise ValueError(f"the model's parameters are sharded: {how}, and give the result as state_dict")
+    sharded = state_dict is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    how = "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict, full_state_dict=True"
+    _require(not sharded, f"the model's parameters are sharded: {how}, and give the result as state_dict")
     wrappers = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile's, activation checkpointing's
     tensors = dict(model.named_parameters()) if state_dict is None else state_dict
     tensors = {wrappers.sub("", name): tensor.detach() for name, tensor in tensors.items()}
@@ -1251,6 +1090,43 @@ def _save(model: MambaPreTrained, directory: Path, state_dict: Mapping[str, Tens
             path.unlink()
 
 
+ALLOWED = {  # the values of a config's field, by its name or by its type
+    int: ("a positive integer", lambda v: type(v) is int and v > 0),
+    bool: ("True or False", lambda v: type(v) is bool),
+    float: ("a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf),
+    "initializer_range": ("a number, 0 or greater", lambda v: type(v) in (int, float) and 0 <= v < math.inf),
+    "dropout": ("in [0, 1)", lambda v: type(v) in (int, float) and 0 <= v < 1),
+    "vocab_size": ("a positive integer or None", lambda v: v is None or (type(v) is int and v > 0)),
+    "pooling_strategy": ("'last', 'mean' or 'max'", lambda v: v in ("last", "mean", "max")),
+    "bos_token_id": ("an integer or None", lambda v: v is None or type(v) is int),
+    "eos_token_id": ("an integer, a list of them or None", lambda v: v is None or _are_ids(v)),
+    "pad_token_id": ("an integer or None", lambda v: v is None or type(v) is int),
+    "d_inner": ("a positive integer or None", lambda v: v is None or (type(v) is int and v > 0)),
+    "dt_rank": ("a positive integer or 'auto'", lambda v: v == "auto" or (type(v) is int and v > 0)),
+    "dt_init": ("'random' or 'constant'", lambda v: v in ("random", "constant")),
+    "mixer_rms_eps": ("a positive number or None", lambda v: v is None or (type(v) in (int, float) and v > 0)),
+}
+
+
+def _check_fields(config: MambaConfig) -> None:
+    """Raise ValueError for a value that isn't allowed; whole numbers in fields of type float become floats."""
+    for f in fields(config):
+        value, (allowed, test) = getattr(config, f.name), ALLOWED.get(f.name) or ALLOWED[f.type]
+        _require(test(value), f"{f.name} must be {allowed}, got {value!r}")
+        setattr(config, f.name, float(value) if f.type is float else value)
+    _require(config.dt_min <= config.dt_max, f"dt_max must be at least dt_min ({config.dt_min}), got {config.dt_max}")
+
+
+def _are_ids(value: Any) -> bool:
+    return all(type(token) is int for token in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _require(holds: bool, message: str) -> None:
+    """Raise ValueError with this message unless it holds."""
+    if not holds:
+        raise ValueError(message)
+
+
 # -------------------------------------------------- 9. Command line ---------------------------------------------------
 
 
@@ -1263,24 +1139,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
     add = parser.add_argument
     add("prompt", nargs="?", help="the text to continue; read from standard input when piped")
-    add(
-        "--model", default=str(here / "pretrained" / "shakespeare-mamba"), help="a directory or a name on the model hub"
-    )
+    default = str(here / "pretrained" / "shakespeare-mamba")
+    add("--model", default=default, help="a directory or a name on the model hub")
     add("--max-new-tokens", type=int, default=500)
     add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     add("--top-k", type=int, default=None)
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=None, help="the same seed gives the same text")
-    add("--device", default=None, help="cpu, cuda or mps; by default the best that is there")
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    add("--device", default=best)
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="by default float32 on a CPU, else as stored")
     args = parser.parse_args()
-    if args.prompt is None and not sys.stdin.isatty():
-        args.prompt = sys.stdin.read()
+    args.prompt = sys.stdin.read() if args.prompt is None and not sys.stdin.isatty() else args.prompt
     if not args.prompt:
         parser.error("no prompt: give one as an argument or on standard input")
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    device = args.device or next(device for device, available in found.items() if available)
-    dtype = args.dtype or ("float32" if device == "cpu" else None)
+    device, dtype = args.device, args.dtype or ("float32" if args.device == "cpu" else None)
 
     model = MambaForCausalLM.from_pretrained(args.model, device=device, dtype=dtype and getattr(torch, dtype))
     path = _directory(args.model, {}) / "tokenizer.json"
@@ -1290,10 +1163,10 @@ def main() -> None:
     prompt = torch.tensor([tokenizer.encode(args.prompt).ids], device=device)
     generator = torch.Generator(device)
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "generator": generator}
+    sampling = (args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     print(args.prompt, end="", flush=True)
     start, count = time.perf_counter(), 0
-    for token in model.stream(prompt, args.max_new_tokens, **sampling):
+    for token in model.stream(prompt, *sampling, generator=generator):
         count += 1
         print(decoder.step(tokenizer, token) or "", end="", flush=True)
     seconds, size = time.perf_counter() - start, sum(parameter.numel() for parameter in model.parameters())
