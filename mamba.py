@@ -164,8 +164,9 @@ def selective_scan(
             raise ValueError(f"{name} must be real, of shape {shape}, got {v.dtype} of shape {tuple(v.shape)}")
     u, A, B, C = (v.to(dt.dtype) for v in (u, A, B, C))
     h = dt.new_zeros(b, e, n) if initial_state is None else initial_state.to(dt.dtype)
-    if pieces is None:  # enough rows for a GPU, but no more pieces than steps in one
-        pieces = 1 if u.device.type == "cpu" else max(1, min(math.isqrt(int(l)), 2**21 // max(1, b * e * n)))
+    if pieces is None:  # rows that fill a GPU, in no more pieces than steps; two would save nothing
+        most = 1 if u.device.type == "cpu" else min(math.isqrt(int(l)), 2**21 // max(1, b * e * n))
+        pieces = most if most > 2 else 1
     with _full_precision(u):
         if l <= 1:
             y, h = selective_scan_recurrence(u, dt, A, B, C, h)
@@ -297,18 +298,12 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dh: Tensor, _: None) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True, torch.func.grad
-            _Scan.jvp()
+            raise NotImplementedError("selective_scan has first derivatives in reverse mode alone: use torch.autograd")
         u, dt, A, B, C, borders = ctx.saved_tensors
         with _full_precision(u):
             tensors = (v.contiguous() for v in (dy, dh.mT, u, dt, A.mT, B, C))
             du, ddt, dA, dB, dC, dh = _scan_backward(*tensors, borders)
         return du, ddt, dA.mT, dB, dC, dh.mT
-
-    @staticmethod
-    def jvp(*_: Any) -> None:
-        raise NotImplementedError("selective_scan has first derivatives in reverse mode alone: use torch.autograd")
-
-    vmap = jvp
 
 
 # -------------------------------------------- 4. The layer (Figure 3) -----------------------------------------------
@@ -325,7 +320,7 @@ class LayerState:
     ssm_state: Tensor | None = None  # (b, e, n), float32 at least
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(v for v in vars(self).values() if v is not None)
+        return tuple(v for v in (self.conv_state, self.ssm_state) if v is not None)
 
 
 class CausalConv1d(nn.Conv1d):

@@ -285,7 +285,7 @@ class LayerState:
     ssm_state: Tensor | None = None  # (b, h, p, n), float32 at least
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(v for v in vars(self).values() if v is not None)
+        return tuple(v for v in (self.conv_state, self.ssm_state) if v is not None)
 
 
 class CausalConv1d(nn.Conv1d):
