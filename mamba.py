@@ -350,11 +350,6 @@ class CausalConv1d(nn.Conv1d):
         return y
 
 
-def _padded(l: int, lengths: Tensor) -> Tensor:
-    """Which of l steps are padding, (b, l), where only the first `lengths` (b,) of each row are real."""
-    return torch.arange(l, device=lengths.device) >= lengths[:, None]
-
-
 class StepSize(nn.Linear):
     """The projection from dt_rank to e that makes dt, in float32 at least: half precision must not round its bias."""
 
@@ -668,6 +663,11 @@ def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, 
     return (None, None) if real.all() else (left, lengths)
 
 
+def _padded(l: int, lengths: Tensor) -> Tensor:
+    """Which of l steps are padding, (b, l), where only the first `lengths` (b,) of each row are real."""
+    return torch.arange(l, device=lengths.device) >= lengths[:, None]
+
+
 def _roll(x: Tensor, by: Tensor) -> Tensor:
     """Move each row of (b, l, ...) to the left by its own number of positions (b,), around the end."""
     index = (torch.arange(x.shape[1], device=x.device) + by[:, None]) % x.shape[1]  # (b, l)
@@ -896,7 +896,7 @@ class Mamba(MambaForCausalLM):
         super().__init__(MambaConfig(**fields) if config is None else config)
 
 
-# -------------------------------------------------- 8. Checkpoints ----------------------------------------------------
+# -------------------------------------- 8. Checkpoints, and what a config allows --------------------------------------
 
 # Fields of config.json in transformers' format, ours=theirs, and the values that absent ones have there.
 TRANSFORMERS_FIELDS = """
@@ -1127,6 +1127,7 @@ def _require(holds: bool, message: str) -> None:
 
 def main() -> None:
     """Stream the continuation of a text to standard output, and a summary to standard error."""
+    from huggingface_hub import hf_hub_download
     from tokenizers import Tokenizer
     from tokenizers.decoders import DecodeStream
 
@@ -1153,7 +1154,7 @@ def main() -> None:
     model = MambaForCausalLM.from_pretrained(args.model, device=device, dtype=dtype and getattr(torch, dtype))
     path = _directory(args.model, {}) / "tokenizer.json"
     if not path.exists():  # state-spaces' checkpoints have none and use GPT-NeoX's
-        path = _directory("EleutherAI/gpt-neox-20b", {}) / "tokenizer.json"
+        path = hf_hub_download("EleutherAI/gpt-neox-20b", "tokenizer.json")
     tokenizer, decoder = Tokenizer.from_file(str(path)), DecodeStream(skip_special_tokens=True)
     prompt = torch.tensor([tokenizer.encode(args.prompt).ids], device=device)
     generator = torch.Generator(device)
