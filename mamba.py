@@ -33,6 +33,7 @@ Glossary
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -45,7 +46,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class MambaConfig:
     dt_rank: int | str = "auto"  # "auto" becomes ceil(d_model / 16)
     dt_min: float = 0.001  # dt starts log-uniform in [dt_min, dt_max], but at least dt_init_floor
     dt_max: float = 0.1
-    dt_init: str = "random"  # how dt_proj.weight starts: "random" or "constant"
+    dt_init: Literal["random", "constant"] = "random"  # how dt_proj.weight starts
     dt_scale: float = 1.0  # and its scale, times dt_rank ** -0.5
     dt_init_floor: float = 1e-4
     mixer_rms_eps: float | None = None  # a number puts an RMS norm on dt, B and C: FalconMamba
@@ -82,17 +83,18 @@ class MambaConfig:
     tie_embeddings: bool = True
     initializer_range: float = 0.02  # standard deviation of the embedding at the start
     bos_token_id: int | None = None
-    eos_token_id: int | Sequence[int] | None = None  # where `generate` ends
+    eos_token_id: int | list | tuple | None = None  # where `generate` ends
     pad_token_id: int | None = None
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
     num_labels: int = 2  # the classifier's fields: these three
-    pooling_strategy: str = "last"  # or "mean" or "max"
+    pooling_strategy: Literal["last", "mean", "max"] = "last"
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
         _check_fields(self)
         self.d_inner = self.expand * self.d_model if self.d_inner is None else self.d_inner
         self.dt_rank = math.ceil(self.d_model / 16) if self.dt_rank == "auto" else self.dt_rank
+        _require(type(self.dt_rank) is int, f"dt_rank must be a positive integer or 'auto', got {self.dt_rank!r}")
 
     @property
     def padded_vocab_size(self) -> int | None:
@@ -1085,31 +1087,22 @@ def _save(model: MambaPreTrained, directory: Path, state_dict: Mapping[str, Tens
             path.unlink()
 
 
-ALLOWED = {  # the values of a config's field, by its name or by its type
-    int: ("a positive integer", lambda v: type(v) is int and v > 0),
-    bool: ("True or False", lambda v: type(v) is bool),
-    float: ("a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf),
-    "initializer_range": ("a number, 0 or greater", lambda v: type(v) in (int, float) and 0 <= v < math.inf),
-    "dropout": ("in [0, 1)", lambda v: type(v) in (int, float) and 0 <= v < 1),
-    "vocab_size": ("a positive integer or None", lambda v: v is None or (type(v) is int and v > 0)),
-    "pooling_strategy": ("'last', 'mean' or 'max'", lambda v: v in ("last", "mean", "max")),
-    "bos_token_id": ("an integer or None", lambda v: v is None or type(v) is int),
-    "eos_token_id": ("an integer, a list of them or None", lambda v: v is None or _are_ids(v)),
-    "pad_token_id": ("an integer or None", lambda v: v is None or type(v) is int),
-    "d_inner": ("a positive integer or None", lambda v: v is None or (type(v) is int and v > 0)),
-    "dt_rank": ("a positive integer or 'auto'", lambda v: v == "auto" or (type(v) is int and v > 0)),
-    "dt_init": ("'random' or 'constant'", lambda v: v in ("random", "constant")),
-    "mixer_rms_eps": ("a positive number or None", lambda v: v is None or (type(v) in (int, float) and v > 0)),
-}
-
-
 def _check_fields(config: MambaConfig) -> None:
-    """Raise ValueError for a value that isn't allowed; whole numbers in fields of type float become floats."""
+    """Raise ValueError for a field of the wrong type or a number that isn't positive; make floats of whole numbers."""
+    may_be_0 = ("initializer_range", "dropout", "bos_token_id", "eos_token_id", "pad_token_id")
     for f in fields(config):
-        value, (allowed, test) = getattr(config, f.name), ALLOWED.get(f.name) or ALLOWED[f.type]
-        _require(test(value), f"{f.name} must be {allowed}, got {value!r}")
-        setattr(config, f.name, float(value) if f.type is float else value)
+        value, kinds = getattr(config, f.name), get_args(f.type) or (f.type,)  # types of a union, or literals
+        if float in kinds and type(value) is int:
+            setattr(config, f.name, value := float(value))
+        fits = value in kinds if get_origin(f.type) is Literal else type(value) in kinds
+        if type(value) in (int, float):
+            fits = fits and 0 <= value < math.inf and (value > 0 or f.name in may_be_0)
+        names = {int: "a positive integer", float: "a positive number", bool: "True or False", type(None): "None"}
+        _require(fits, f"{f.name} must be {' or '.join(names.get(k, repr(k)) for k in kinds)}, got {value!r}")
     _require(config.dt_min <= config.dt_max, f"dt_max must be at least dt_min ({config.dt_min}), got {config.dt_max}")
+    _require(config.dropout < 1, f"dropout must be in [0, 1), got {config.dropout}")
+    eos = config.eos_token_id
+    _require(eos is None or _are_ids(eos), f"eos_token_id must be an integer, a list of them or None, got {eos!r}")
 
 
 def _are_ids(value: Any) -> bool:
@@ -1132,17 +1125,18 @@ def main() -> None:
     from tokenizers.decoders import DecodeStream
 
     here = Path(globals().get("__file__", "")).parent  # there is no file when this is pasted into a notebook
-    parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
-    add = parser.add_argument
-    add("prompt", nargs="?", help="the text to continue; read from standard input when piped")
-    default = str(here / "pretrained" / "shakespeare-mamba")
-    add("--model", default=default, help="a directory or a name on the model hub")
-    add("--max-new-tokens", type=int, default=500)
-    add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    add("--top-k", type=int, default=None)
-    add("--top-p", type=float, default=1.0)
-    add("--seed", type=int, default=None, help="the same seed gives the same text")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
+    parser.add_argument("prompt", nargs="?", help="the text to continue; read from standard input when piped")
+    add = functools.partial(parser.add_argument, help="(default: %(default)s)")
+    add(
+        "--model", default=str(here / "pretrained" / "shakespeare-mamba"), help="a directory or a name on the model hub"
+    )
+    add("--max-new-tokens", type=int, default=500)
+    add("--temperature", type=float, default=0.8)
+    add("--top-k", type=int, default=0)
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, help="the same seed gives the same text")
     add("--device", default=best)
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="by default float32 on a CPU, else as stored")
     args = parser.parse_args()

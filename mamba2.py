@@ -38,6 +38,7 @@ Glossary
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -50,7 +51,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +79,8 @@ class Mamba2Config:
     dt_min: float = 0.001  # dt starts log-uniform in [dt_min, dt_max], but at least dt_init_floor
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
-    dt_limit: tuple[float, float] = (0.0, math.inf)  # dt is clamped to it
-    A_init_range: tuple[float, float] = (1, 16)  # -A starts uniform in it
+    dt_limit: tuple | list = (0.0, math.inf)  # dt is clamped to it
+    A_init_range: tuple | list = (1, 16)  # -A starts uniform in it
     bias: bool = False  # of in_proj and out_proj
     conv_bias: bool = True
     norm_epsilon: float = 1e-5
@@ -87,16 +88,20 @@ class Mamba2Config:
     tie_embeddings: bool = True
     initializer_range: float = 0.02  # standard deviation of the embedding at the start
     bos_token_id: int | None = None
-    eos_token_id: int | Sequence[int] | None = None  # where `generate` ends
+    eos_token_id: int | list | tuple | None = None  # where `generate` ends
     pad_token_id: int | None = None
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
     num_labels: int = 2  # the classifier's fields: these three
-    pooling_strategy: str = "last"  # or "mean" or "max"
+    pooling_strategy: Literal["last", "mean", "max"] = "last"
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        self.dt_limit, self.A_init_range = (tuple(map(float, pair)) for pair in (self.dt_limit, self.A_init_range))
+        for name, least in (("dt_limit", 0), ("A_init_range", 1e-9)):
+            pair = tuple(float(v) for v in getattr(self, name) if type(v) in (int, float))
+            in_order = len(pair) == len(getattr(self, name)) == 2 and least <= pair[0] <= pair[1]
+            _require(in_order, f"{name} must be {least} <= low <= high, got {getattr(self, name)}")
+            setattr(self, name, pair)
         width = f"expand * d_model = {self.d_inner}"
         _require(self.d_inner % self.headdim == 0, f"headdim must divide {width}, got {self.headdim}")
         _require(self.nheads % self.ngroups == 0, f"ngroups must divide {width} / headdim, got {self.ngroups}")
@@ -1047,34 +1052,22 @@ def _save(model: Mamba2PreTrained, directory: Path, state_dict: Mapping[str, Ten
             path.unlink()
 
 
-def _is_range(pair: Any) -> bool:
-    numbers = isinstance(pair, (list, tuple)) and [v for v in pair if type(v) in (int, float)]
-    return bool(numbers) and len(pair) == len(numbers) == 2 and 0 <= pair[0] <= pair[1]
-
-
-ALLOWED = {  # the values of a config's field, by its name or by its type
-    int: ("a positive integer", lambda v: type(v) is int and v > 0),
-    bool: ("True or False", lambda v: type(v) is bool),
-    float: ("a positive number", lambda v: type(v) in (int, float) and 0 < v < math.inf),
-    "initializer_range": ("a number, 0 or greater", lambda v: type(v) in (int, float) and 0 <= v < math.inf),
-    "dropout": ("in [0, 1)", lambda v: type(v) in (int, float) and 0 <= v < 1),
-    "vocab_size": ("a positive integer or None", lambda v: v is None or (type(v) is int and v > 0)),
-    "pooling_strategy": ("'last', 'mean' or 'max'", lambda v: v in ("last", "mean", "max")),
-    "bos_token_id": ("an integer or None", lambda v: v is None or type(v) is int),
-    "eos_token_id": ("an integer, a list of them or None", lambda v: v is None or _are_ids(v)),
-    "pad_token_id": ("an integer or None", lambda v: v is None or type(v) is int),
-    "dt_limit": ("(low, high), 0 <= low <= high", _is_range),
-    "A_init_range": ("(low, high), 0 < low <= high", lambda v: _is_range(v) and v[0] > 0 and v[1] < math.inf),
-}
-
-
 def _check_fields(config: Mamba2Config) -> None:
-    """Raise ValueError for a value that isn't allowed; whole numbers in fields of type float become floats."""
+    """Raise ValueError for a field of the wrong type or a number that isn't positive; make floats of whole numbers."""
+    may_be_0 = ("initializer_range", "dropout", "bos_token_id", "eos_token_id", "pad_token_id")
     for f in fields(config):
-        value, (allowed, test) = getattr(config, f.name), ALLOWED.get(f.name) or ALLOWED[f.type]
-        _require(test(value), f"{f.name} must be {allowed}, got {value!r}")
-        setattr(config, f.name, float(value) if f.type is float else value)
+        value, kinds = getattr(config, f.name), get_args(f.type) or (f.type,)  # types of a union, or literals
+        if float in kinds and type(value) is int:
+            setattr(config, f.name, value := float(value))
+        fits = value in kinds if get_origin(f.type) is Literal else type(value) in kinds
+        if type(value) in (int, float):
+            fits = fits and 0 <= value < math.inf and (value > 0 or f.name in may_be_0)
+        names = {int: "a positive integer", float: "a positive number", bool: "True or False", type(None): "None"}
+        _require(fits, f"{f.name} must be {' or '.join(names.get(k, repr(k)) for k in kinds)}, got {value!r}")
     _require(config.dt_min <= config.dt_max, f"dt_max must be at least dt_min ({config.dt_min}), got {config.dt_max}")
+    _require(config.dropout < 1, f"dropout must be in [0, 1), got {config.dropout}")
+    eos = config.eos_token_id
+    _require(eos is None or _are_ids(eos), f"eos_token_id must be an integer, a list of them or None, got {eos!r}")
 
 
 def _are_ids(value: Any) -> bool:
@@ -1097,17 +1090,20 @@ def main() -> None:
     from tokenizers.decoders import DecodeStream
 
     here = Path(globals().get("__file__", "")).parent  # there is no file when this is pasted into a notebook
-    parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
-    add = parser.add_argument
-    add("prompt", nargs="?", help="the text to continue; read from standard input when piped")
-    default = str(here / "pretrained" / "shakespeare-mamba2")
-    add("--model", default=default, help="a directory or a name on the model hub")
-    add("--max-new-tokens", type=int, default=500)
-    add("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    add("--top-k", type=int, default=None)
-    add("--top-p", type=float, default=1.0)
-    add("--seed", type=int, default=None, help="the same seed gives the same text")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
+    parser.add_argument("prompt", nargs="?", help="the text to continue; read from standard input when piped")
+    add = functools.partial(parser.add_argument, help="(default: %(default)s)")
+    add(
+        "--model",
+        default=str(here / "pretrained" / "shakespeare-mamba2"),
+        help="a directory or a name on the model hub",
+    )
+    add("--max-new-tokens", type=int, default=500)
+    add("--temperature", type=float, default=0.8)
+    add("--top-k", type=int, default=0)
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, help="the same seed gives the same text")
     add("--device", default=best)
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="by default float32 on a CPU, else as stored")
     args = parser.parse_args()
