@@ -160,12 +160,15 @@ def selective_scan(
     kernel, likes it. It changes the work and not the result; None chooses by the sizes and the device.
     """
     (b, l, e), n = u.shape, A.shape[-1]
-    shapes = {"dt": (b, l, e), "A": (e, n), "B": (b, l, n), "C": (b, l, n), "D": (e,), "z": (b, l, e)}
-    for name, v in {"dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "initial_state": initial_state}.items():
-        if v is not None and (v.shape != (shape := shapes.get(name, (b, e, n))) or not v.is_floating_point()):
+    shapes = {"u": (b, l, e), "A": (e, n), "B": (b, l, n), "C": (b, l, n), "D": (e,), "initial_state": (b, e, n)}
+    given = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "initial_state": initial_state}
+    for name, v in given.items():
+        if v is not None and (v.shape != (shape := shapes.get(name, (b, l, e))) or not v.is_floating_point()):
             raise ValueError(f"{name} must be real, of shape {shape}, got {v.dtype} of shape {tuple(v.shape)}")
     u, A, B, C = (v.to(dt.dtype) for v in (u, A, B, C))
     h = dt.new_zeros(b, e, n) if initial_state is None else initial_state.to(dt.dtype)
+    if pieces is not None and pieces < 1:
+        raise ValueError(f"pieces must be None or a positive integer, got {pieces}")
     if pieces is None:  # rows that fill a GPU, in no more pieces than steps; two would save nothing
         most = 1 if u.device.type == "cpu" else min(math.isqrt(int(l)), 2**21 // max(1, b * e * n))
         pieces = most if most > 2 else 1
@@ -468,7 +471,7 @@ class MambaPreTrained(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms."""
-        ending = re.compile(r"(A_log|\bD|dt_bias|dt_proj\.bias|norm(_f)?\.weight)$")
+        ending = re.compile(r"(A_log|\bD|dt_bias|dt_proj\.bias|norm\w*\.weight)$")
         return {name for name, _ in self.named_parameters() if ending.search(name)}
 
     def get_input_embeddings(self) -> nn.Module:
@@ -583,6 +586,8 @@ class MambaForCausalLM(MambaPreTrained):
         """
         most = math.inf if labels is None else 0
         _require(0 <= num_last_tokens <= most, f"num_last_tokens must be 0 (all) to {most}, got {num_last_tokens}")
+        if labels is not None:
+            _check_labels(labels, input_ids.shape[:2], self.config.padded_vocab_size)
         hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
         logits = self.get_output_embeddings()(hidden[:, -num_last_tokens:])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -676,11 +681,14 @@ def _roll(x: Tensor, by: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device)[:, None], index]
 
 
+def _check_labels(labels: Tensor, shape: torch.Size, size: int) -> None:
+    if labels.shape != shape:
+        raise ValueError(f"labels must have shape {tuple(shape)}, got {tuple(labels.shape)}")
+    _check_ids("labels", labels.masked_fill(labels == -100, 0), size, ndim=2)
+
+
 def _loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
     """The mean cross entropy of each token given those before it; labels (b, l) may be -100, where none counts."""
-    if labels.shape != logits.shape[:2]:
-        raise ValueError(f"labels must have shape {tuple(logits.shape[:2])}, got {tuple(labels.shape)}")
-    _check_ids("labels", labels.masked_fill(labels == -100, 0), logits.shape[-1], ndim=2)
     if attention_mask is not None:  # nor does the token after padding on the left, which nothing predicts
         labels = labels.masked_fill(~(attention_mask.bool() & attention_mask.bool().roll(1, dims=1)), -100)
     return F.cross_entropy(rearrange(logits[:, :-1], "b l v -> (b l) v"), labels[:, 1:].flatten())
@@ -696,7 +704,7 @@ States = dict[int, tuple[Tensor, ...]]  # of each layer, by its position: the te
 class InferenceParams:
     """A cache: the state of every layer after the tokens read so far, all that generation has to remember.
 
-    `key_value_memory_dict[position of the layer] = (conv_state, ssm_state)`; an empty dict is the start of a sequence.
+    `key_value_memory_dict[position of the layer] = (conv_state, ssm_state)`; empty: the start of a sequence.
     Models take any object with that dict. They replace its tensors by new ones, never write to them, and detach them:
     gradients don't flow from one call of a model into the one before (those of a layer do, through its LayerState).
     `seqlen_offset` counts the tokens read, padding included, for information.
@@ -756,6 +764,8 @@ def _generate(
         _require(bool(lengths.all()), "attention_mask must leave at least one real token in every row")
         unread, mask = (_roll(v, left + lengths) for v in (unread, mask))
     ended = torch.zeros_like(unread[:, 0], dtype=torch.bool)
+    if max_new_tokens == 0 and unread.shape[1] > 1:  # all but the last token are read in any case
+        _read(model, unread[:, :-1], None if mask is None else mask[:, :-1], cache)
     for _ in range(max_new_tokens):
         logits = _read(model, unread, mask, cache if use_cache else InferenceParams())
         token = sample(logits[:, : model.config.vocab_size], temperature, top_k, top_p, generator)
@@ -963,8 +973,9 @@ def _from_state_spaces(stored: Mapping[str, Any]) -> dict[str, Any]:
     known = ours | SSM_CFG_IGNORED
     wrong |= {k: v for k, v in ssm_cfg.items() if k not in known and SSM_CFG_FIXED.get(k, ...) != v}
     _require(not wrong, f"config.json is of a model that this file does not implement, with {wrong}: use mamba_ssm")
-    # The end of text is GPT-NeoX's, as in transformers' copies of these checkpoints.
-    return {name: value for name, value in (stored | ssm_cfg).items() if name in ours} | {"eos_token_id": 0}
+    # Without a word of it, the end of text is GPT-NeoX's, as in transformers' copies of these checkpoints.
+    eos = 0 if stored.get("eos_token_id") is None else stored["eos_token_id"]
+    return {name: value for name, value in (stored | ssm_cfg).items() if name in ours} | {"eos_token_id": eos}
 
 
 WEIGHT_FILES = [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
@@ -995,9 +1006,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     """JSON with infinity as `Infinity` or as transformers 5 writes it, {"__float__": "Infinity"}."""
     try:
         text = path.read_text()
-        return json.loads(text, object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d)
+        stored = json.loads(text, object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d)
     except ValueError as error:  # not JSON, or no text at all
         raise ValueError(f"can't read {path}: {error}") from None
+    _require(isinstance(stored, dict), f"{path} must hold a JSON object, got a {type(stored).__name__}")
+    return stored
 
 
 def _stored_tensors(directory: Path) -> dict[str, Tensor]:
@@ -1025,7 +1038,7 @@ def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Map
     _require(dtype is None or isinstance(dtype, torch.dtype), f"dtype must be None or a torch.dtype, got {dtype!r}")
     directory = _directory(name, hub)
     stored, elsewhere = _read_json(directory / "config.json"), directory / "generation_config.json"
-    if "model_type" in stored and stored.get("eos_token_id") is None and elsewhere.exists():
+    if stored.get("eos_token_id") is None and elsewhere.exists():
         stored["eos_token_id"] = _read_json(elsewhere).get("eos_token_id")
     config, tensors = _config_from(stored), _stored_tensors(directory)
     if (head := tensors.get("lm_head.weight")) is not None:  # tensors count more than the config
@@ -1098,6 +1111,7 @@ def _check_fields(config: MambaConfig) -> None:
         if type(value) in (int, float):
             fits = fits and 0 <= value < math.inf and (value > 0 or f.name in may_be_0)
         names = {int: "a positive integer", float: "a positive number", bool: "True or False", type(None): "None"}
+        names |= {list: "a list", tuple: "a tuple", str: "a word"}
         _require(fits, f"{f.name} must be {' or '.join(names.get(k, repr(k)) for k in kinds)}, got {value!r}")
     _require(config.dt_min <= config.dt_max, f"dt_max must be at least dt_min ({config.dt_min}), got {config.dt_max}")
     _require(config.dropout < 1, f"dropout must be in [0, 1), got {config.dropout}")
@@ -1167,6 +1181,8 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
+    except BrokenPipeError:  # the reader of the output, `head` say, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
     except KeyboardInterrupt:

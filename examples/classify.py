@@ -110,8 +110,9 @@ def train(model: RowClassifier, parts: Parts, args: argparse.Namespace) -> None:
     """Leave the model with the weights of the epoch that was best on the validation part."""
     (pictures, classes), validation, _ = parts
     device = model.widen.weight.device
-    decayed = [p for p in model.parameters() if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False)]
-    others = [p for p in model.parameters() if p.dim() < 2 or getattr(p, "_no_weight_decay", False)]
+    spared = {f"classifier.{name}" for name in model.classifier.no_weight_decay()}
+    decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and name not in spared]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or name in spared]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
     steps = args.epochs * math.ceil(len(classes) / args.batch_size)

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where mamba.py is
 
-from mamba import MambaConfig, MambaForCausalLM, MambaMixer, causal_conv
+from mamba import MambaConfig, MambaForCausalLM, MambaMixer
 
 MEMORIZED = 16  # tokens to remember, and markers
 NOISE, MARKER, VOCABULARY = 15, 16, 17  # the symbols to remember are 0 to 14
@@ -96,16 +96,16 @@ class InvariantMixer(MambaMixer):
     Its kernel is K_t = sum over n of C_n exp(dt A_n t) dt (B_n would only multiply C_n), long as the sequence.
     """
 
-    def __init__(self, config: MambaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__(config)
         self.dt_bias = nn.Parameter(self.dt_proj.bias.detach().clone())  # (e,), Mamba's initial step sizes
         self.C = nn.Parameter(torch.randn(config.d_inner, config.d_state))
         del self.x_proj, self.dt_proj
 
-    def forward(self, x: Tensor, inference_params: None = None, lengths: None = None) -> Tensor:
+    def forward(self, x: Tensor, state: None = None, lengths: None = None) -> Tensor:
         l = x.shape[1]
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
-        u, _ = causal_conv(u, self.new_states(len(x))[0], self.conv1d.weight, self.conv1d.bias)
+        u = F.silu(self.conv1d(u))
         dt = F.softplus(self.dt_bias)  # (e,)
         decay = dt[:, None] * -torch.exp(self.A_log)  # (e, n)
         steps = torch.arange(l, device=x.device)[:, None, None]
@@ -120,8 +120,9 @@ def build(layer: str, d_model: int = 64, d_inner: int | None = None) -> MambaFor
     config = MambaConfig(d_model=d_model, d_inner=d_inner, n_layer=2, d_state=16, vocab_size=VOCABULARY)
     model = MambaForCausalLM(config)
     if layer == "invariant":
-        for i, block in enumerate(model.backbone.layers):
-            block.mixer = InvariantMixer(config, i)
+        for block in model.backbone.layers:
+            block.mixer = InvariantMixer(config)
+            block.mixer.out_proj.weight.data.div_(math.sqrt(config.n_layer))  # as the encoder does with its own
     return model
 
 

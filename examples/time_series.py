@@ -211,8 +211,9 @@ def train(model: Forecaster, series: Tensor, borders: list[int], args: argparse.
     model.set_scales(*windows_at(series, sample, args))
     val_ends = ends_for(borders[1], borders[2], args.horizon)
     val_targets = series[val_ends[:, None] + torch.arange(1, args.horizon + 1)]
-    decayed = [p for p in model.parameters() if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False)]
-    others = [p for p in model.parameters() if p.dim() < 2 or getattr(p, "_no_weight_decay", False)]
+    spared = {f"encoder.{name}" for name in model.encoder.no_weight_decay()}
+    decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and name not in spared]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or name in spared]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 1, pct_start=0.1)

@@ -1,7 +1,7 @@
-"""Train a byte-level Mamba or Mamba-2 language model on any text file and store it in Hugging Face format.
+"""Train a byte-level Mamba, Mamba-2 or Mamba-3 language model on any text file and store it in Hugging Face format.
 
     python examples/train.py --data input.txt --model mamba --out runs/mamba      # train, and store in runs/mamba
-    python examples/train.py --data input.txt --model mamba2 --out runs/mamba2
+    python examples/train.py --data input.txt --model mamba2 --out runs/mamba2    # or mamba3
     python examples/train.py --data input.txt --out runs/mamba --resume           # continue after an interruption
     python examples/train.py --data input.txt --evaluate runs/mamba               # only print the validation loss
     python mamba.py "ROMEO:" --model runs/mamba                                   # write text with it
@@ -29,12 +29,13 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where the two model files are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where the model files are
 
 from mamba import MambaConfig, MambaForCausalLM
 from mamba2 import Mamba2Config, Mamba2ForCausalLM
+from mamba3 import Mamba3Config, Mamba3ForCausalLM
 
-LanguageModel = MambaForCausalLM | Mamba2ForCausalLM
+LanguageModel = MambaForCausalLM | Mamba2ForCausalLM | Mamba3ForCausalLM
 WINDOW = 256  # bytes in a validation window, as in nanoGPT
 FRESH = ("data", "out", "resume", "evaluate", "device", "threads")  # options that a resumed run takes anew
 
@@ -54,12 +55,13 @@ def read_options() -> tuple[argparse.Namespace, dict]:
     add("--out", type=Path, help="directory for the model and, while training, for training_state.pt")
     add("--resume", action="store_true", help="continue the run in --out with its options")
     add("--evaluate", type=Path, metavar="DIR", help="only print the validation loss of the checkpoint in DIR")
-    add("--model", choices=("mamba", "mamba2"), default="mamba")
+    add("--model", choices=("mamba", "mamba2", "mamba3"), default="mamba")
     add("--d-model", type=int, default=256)
     add("--n-layer", type=int, default=6)
-    add("--d-state", type=int, help="state size (default: mamba 16, mamba2 64)")
-    add("--headdim", type=int, default=64, help="mamba2: width of a head")
-    add("--chunk-size", type=int, default=64, help="mamba2: chunk of the SSD algorithm")
+    add("--d-state", type=int, help="state size (default: mamba 16, others 64)")
+    add("--headdim", type=int, default=64, help="mamba2, mamba3: width of a head")
+    add("--rope-fraction", type=float, default=0.5, help="mamba3: how much of the state is rotated")
+    add("--chunk-size", type=int, default=64, help="mamba2, mamba3: steps of a chunk")
     add("--steps", type=int, default=1500)
     add("--batch-size", type=int, default=32)
     add("--seq-len", type=int, default=256)
@@ -115,18 +117,21 @@ def read_bytes(path: Path, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def build(args: argparse.Namespace) -> LanguageModel:
     """A new model over the 256 byte values."""
-    d_state = {"mamba": 16, "mamba2": 64}[args.model] if args.d_state is None else args.d_state
+    d_state = (16 if args.model == "mamba" else 64) if args.d_state is None else args.d_state
     sizes = {"d_model": args.d_model, "n_layer": args.n_layer, "vocab_size": 256, "d_state": d_state}
     if args.model == "mamba":
         return MambaForCausalLM(MambaConfig(**sizes))
     heads = {"headdim": args.headdim, "chunk_size": args.chunk_size}
-    return Mamba2ForCausalLM(Mamba2Config(**sizes, **heads))
+    if args.model == "mamba2":
+        return Mamba2ForCausalLM(Mamba2Config(**sizes, **heads))
+    return Mamba3ForCausalLM(Mamba3Config(**sizes, **heads, rope_fraction=args.rope_fraction))
 
 
 def load(directory: Path, device: torch.device) -> LanguageModel:
-    """The stored byte-level model of either kind, in float32."""
-    kind = json.loads((directory / "config.json").read_text()).get("model_type")
-    model_class = Mamba2ForCausalLM if kind == "mamba2" else MambaForCausalLM
+    """The stored byte-level model of any kind, in float32."""
+    stored = json.loads((directory / "config.json").read_text())
+    kind = stored.get("model_type") or stored.get("ssm_cfg", {}).get("layer", "").lower()
+    model_class = {"mamba2": Mamba2ForCausalLM, "mamba3": Mamba3ForCausalLM}.get(kind, MambaForCausalLM)
     model = model_class.from_pretrained(str(directory), device=device, dtype=torch.float32)
     if model.config.vocab_size != 256:
         raise ValueError(f"{directory} is no byte-level model: vocab_size is {model.config.vocab_size}, not 256")
@@ -169,16 +174,22 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def add_dropout(model: torch.nn.Module, p: float) -> None:
-    """Dropout on the embedding and on what each mixer adds to the residual stream, by hooks: the model has none."""
-    for module in (model.backbone.embeddings, *(layer.mixer for layer in model.backbone.layers)):
-        module.register_forward_hook(lambda module, inputs, output: F.dropout(output, p, module.training))
+def add_dropout(model: LanguageModel, p: float) -> None:
+    """Dropout on the embedding and on what each mixer adds to the residual stream, by hooks: the model has none.
+
+    The first block's input stands for the embedding, which as a module is called a second time, to make the logits.
+    """
+    first, *_ = model.backbone.layers
+    first.register_forward_pre_hook(lambda module, inputs: (F.dropout(inputs[0], p, module.training), *inputs[1:]))
+    for layer in model.backbone.layers:
+        layer.mixer.register_forward_hook(lambda module, inputs, output: F.dropout(output, p, module.training))
 
 
-def make_optimizer(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices, but neither vectors nor what the model marks with _no_weight_decay."""
-    decayed = [p for p in model.parameters() if p.dim() >= 2 and not getattr(p, "_no_weight_decay", False)]
-    others = [p for p in model.parameters() if p.dim() < 2 or getattr(p, "_no_weight_decay", False)]
+def make_optimizer(model: LanguageModel, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices, but neither vectors nor what the model's no_weight_decay() names."""
+    spared = model.no_weight_decay()
+    decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and name not in spared]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or name in spared]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 

@@ -1,0 +1,1136 @@
+"""Mamba-3 in one file: trapezoidal discretisation, a rotating state, MIMO; its language model and generation.
+
+"Mamba-3: Improved Sequence Modeling using State Space Principles" (2026), arXiv:2603.15569; "the paper" below. Mamba-3
+changes three things in Mamba-2. The input enters by a trapezoidal rule, half of it one step late, which replaces the
+short convolution. B and C are rotated by an angle that grows with the input, as if the state were complex, so that the
+model can count modulo something. And a head may read and write its state through several ranks at once (MIMO).
+
+Copy this file into your project. It needs torch and einops; checkpoints also need safetensors and huggingface_hub,
+which come with transformers.
+
+    model = Mamba3ForCausalLM.from_pretrained("state-spaces/mamba3-siso-187m")    # or a directory
+    ids = model.generate(input_ids, max_new_tokens=50)                            # (b, l) -> (b, l + 50)
+
+    $ python mamba3.py "ROMEO:" --max-new-tokens 200
+
+Glossary
+    code        paper   shape               meaning
+    b, l        -, T                        batch size, sequence length
+    d_model     D                           width of the residual stream
+    e                                       d_inner, the number of channels inside a layer; h * p
+    h, p        H, P                        nheads, the number of heads, and headdim, the width of one
+    n           N                           d_state, the size of the state of each channel
+    g                                       ngroups: the heads of a group share B and C, but for bias and rotation
+    r           R                           rank: mimo_rank, or 1 (SISO)
+    s                                       number of rotated pairs among the n entries of B and C
+    x, v        x       (b, h, l, r, p)     input; v is x scaled for each rank
+    k, q        B, C    (b, h, l, r, n)     normed, biased and rotated B and C: keys and queries of the attention form
+    state       h       (b, h, p, n)        the state, `ssm_state` in a LayerState
+    dt          Delta   (b, h, l)           step size
+    A           A       (b, h, l)           decay rate, negative, selected by the input
+    alpha               (b, h, l)           exp(dt A), the decay of a step
+    lam         lambda  (b, h, l)           share of the trapezoid's right end; 1 is Euler's rule
+    beta, gamma                             (1 - lam) dt alpha and lam dt: weights of the last input and of this one
+    phi                 (b, h, l, s)        angle in turns (1 is 2 pi)
+    z                   (b, h, l, r, p)     gate
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, Self, get_args, get_origin
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------- 2. Config -------------------------------------------------------
+
+
+@dataclass
+class Mamba3Config:
+    """Sizes and settings of a model. Raises ValueError for values that make no sense, naming the field."""
+
+    d_model: int = 768
+    n_layer: int = 24
+    d_intermediate: int = 0  # width of the gated MLP of a block, rounded up to a multiple of 128; 0: none
+    vocab_size: int | None = 128256  # None: no embedding, for the encoder and the heads on vectors
+    pad_vocab_size_multiple: int = 16  # embedding and head have `padded_vocab_size` rows
+    d_state: int = 128
+    expand: int = 2
+    headdim: int = 64
+    ngroups: int = 1  # heads of a group share B and C
+    is_mimo: bool = False
+    mimo_rank: int = 4
+    rope_fraction: float = 0.5  # of the state is rotated: 0.5 or 1.0
+    is_outproj_norm: bool = False  # an RMS norm of each head before the gate
+    chunk_size: int = 64  # steps; changes the work and not the result. Best with 64 / mimo_rank
+    dt_min: float = 0.001  # dt starts log-uniform in [dt_min, dt_max], but at least dt_init_floor
+    dt_max: float = 0.1
+    dt_init_floor: float = 1e-4
+    A_floor: float = 1e-4  # -A is at least this
+    A_activation: Literal["heavy_tail", "softplus"] = "heavy_tail"  # the latter is official code's until June 2026
+    norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_embeddings: bool = True
+    initializer_range: float = 0.02  # standard deviation of the embedding at the start
+    bos_token_id: int | None = None
+    eos_token_id: int | list | tuple | None = None  # where `generate` ends
+    pad_token_id: int | None = None
+    gradient_checkpointing: bool = False  # recompute each block in the backward pass
+    num_labels: int = 2  # the classifier's fields: these three
+    pooling_strategy: Literal["last", "mean", "max"] = "last"
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        width = f"expand * d_model = {self.d_inner}"
+        _require(self.d_inner % self.headdim == 0, f"headdim must divide {width}, got {self.headdim}")
+        _require(self.nheads % self.ngroups == 0, f"ngroups must divide {width} / headdim, got {self.ngroups}")
+        _require(self.d_state % 2 == 0, f"d_state must be even, got {self.d_state}")
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def nheads(self) -> int:
+        return self.d_inner // self.headdim
+
+    @property
+    def rank(self) -> int:
+        return self.mimo_rank if self.is_mimo else 1
+
+    @property
+    def n_angles(self) -> int:
+        return int(self.d_state * self.rope_fraction) // 2
+
+    @property
+    def padded_vocab_size(self) -> int | None:
+        """Rows of the embedding: vocab_size, rounded up to a multiple of pad_vocab_size_multiple."""
+        multiple = self.pad_vocab_size_multiple
+        return None if self.vocab_size is None else math.ceil(self.vocab_size / multiple) * multiple
+
+    to_dict = asdict
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        known = [f.name for f in fields(cls)]
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(f"unknown config field {name!r} = {value!r}; allowed are {', '.join(known)}")
+        return cls(**values)
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def save_to_json(self, path: str | os.PathLike) -> None:
+        Path(path).write_text(self.to_json_string() + "\n")
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> Self:
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+
+# -------------------------------------- 3. The trapezoidal recurrence and its dual ------------------------------------
+
+
+def trapezoid_recurrence(
+    v: Tensor, dt: Tensor, lam: Tensor, A: Tensor, k: Tensor, q: Tensor, state: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The definition, one step after the other: decay, the last input, this input (the trapezoidal rule), output.
+
+    Arguments and results are those of `trapezoid_scan`, which computes the same numbers fast, for any l.
+    """
+    ys = []
+    for v_t, dt_t, lam_t, A_t, k_t, q_t in zip(*(x.unbind(2) for x in (v, dt, lam, A, k, q)), strict=True):
+        dt_t, lam_t, A_t = (x[..., None, None] for x in (dt_t, lam_t, A_t))  # (b, h, 1, 1)
+        alpha = torch.exp(dt_t * A_t)
+        beta, gamma = (1 - lam_t) * dt_t * alpha, lam_t * dt_t
+        vk = v_t.mT @ k_t  # (b, h, p, n), summed over ranks
+        state = alpha * state + beta * last + gamma * vk
+        ys.append(q_t @ state.mT)  # (b, h, r, p)
+        last = vk
+    return torch.stack(ys, 2) if ys else torch.zeros_like(v), state
+
+
+def decay_matrix(a: Tensor) -> Tensor:
+    """The 1-semiseparable mask L of Mamba-2: L[i, j] = exp(a[j+1] + ... + a[i]) for j <= i, else 0.
+
+    a: (..., q), not positive; L: (..., q, q).
+    """
+    sums = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)  # without differences, which would cancel
+    return sums.exp().tril()
+
+
+def trapezoid_scan(
+    v: Tensor, dt: Tensor, lam: Tensor, A: Tensor, k: Tensor, q: Tensor, state: Tensor, last: Tensor,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The chunked form: Mamba-2's SSD with another mask. Matrix products alone, linear in l.
+
+        state_t = alpha_t state_{t-1} + beta_t v_{t-1} k_{t-1}^T + gamma_t v_t k_t^T        y_t = q_t state_t^T
+
+    v: (b, h, l, r, p), l > 0; dt, lam, A: (b, h, l); k, q: (b, h, l, r, n); state: (b, h, p, n); last: (b, h, p, n),
+    v k^T of the step before. Products of v, k and q are summed over ranks. Returns y (b, h, l, r, p) and the state.
+
+    Input i reaches its own output by gamma_i, and later ones by beta_{i+1} as well: in all by the weight
+    w_i = gamma_i + (1 - lam_{i+1}) dt_{i+1}, since beta has the decay of step i + 1 in it.
+    """
+    l, r, c = v.shape[2], v.shape[3], min(chunk_size, v.shape[2])
+    late, gamma, a = (1 - lam) * dt, lam * dt, dt * A
+    state = state + late[:, :, 0, None, None] * last
+    w = gamma + F.pad(late[:, :, 1:], (0, 1))  # the next call adds what the last input still lacks
+    if l % c:  # steps with v = k = w = a = 0 change nothing
+        v, k, q = (F.pad(x, (0, 0, 0, 0, 0, -l % c)) for x in (v, k, q))
+        a, w, gamma = (F.pad(x, (0, -l % c)) for x in (a, w, gamma))
+    v, k, q = (rearrange(x, "b h (c t) r n -> b h c (t r) n", t=c) for x in (v, k, q))
+    a, w, gamma = (x.unflatten(2, (-1, c)) for x in (a, w, gamma))  # (b, h, c, t)
+    L = decay_matrix(a)  # (b, h, c, t, t)
+
+    # 1. The output of each chunk from its own inputs: attention with the mask L, weighted; each rank sees all others.
+    mask = L.tril(-1) * w[..., None, :] + torch.diag_embed(gamma)
+    mask = mask.repeat_interleave(r, -1).repeat_interleave(r, -2) if r > 1 else mask
+    y = (mask * (q @ k.mT)) @ v  # (b, h, c, t r, p)
+
+    # 2. The state that each chunk's own inputs leave at its end.
+    to_end = (L[..., -1, :] * w).repeat_interleave(r, -1)[..., None]
+    left = (v * to_end).mT @ k  # (b, h, c, p, n)
+
+    # 3. The state at the start of each chunk: a recurrence across chunks.
+    from_start, starts = a.cumsum(-1).exp(), []  # (b, h, c, t)
+    for left_c, decay_c in zip(left.unbind(2), from_start[..., -1, None, None].unbind(2), strict=True):
+        starts.append(state)
+        state = torch.addcmul(left_c, decay_c, state)
+
+    # 4. The output from the state at the start of the chunk.
+    carried = q @ torch.stack(starts, 2).mT
+    y = torch.addcmul(y, carried, from_start.repeat_interleave(r, -1)[..., None])
+    return rearrange(y, "b h c (t r) p -> b h (c t) r p", r=r)[:, :, :l], state
+
+
+def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off: the state is float32 (or float64) also where the layers are not."""
+    off = x.is_meta or not torch.is_autocast_enabled(x.device.type)  # autocast knows no meta device
+    return contextlib.nullcontext() if off else torch.autocast(x.device.type, enabled=False)
+
+
+# -------------------------------------------------- 4. The layer ------------------------------------------------------
+
+
+@dataclass
+class LayerState:
+    """What a layer remembers of the sequence that it has read; empty at the start.
+
+    A layer replaces the tensors by new ones and never writes to them: they may be kept, shared, expanded, or learned.
+    """
+
+    angle: Tensor | None = None  # (b, h, s), phi in turns; all are float32 at least
+    ssm_state: Tensor | None = None  # (b, h, p, n)
+    key: Tensor | None = None  # (b, r, h, n), k of the last step
+    value: Tensor | None = None  # (b, h, p), x of the last step
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(v for v in (self.angle, self.ssm_state, self.key, self.value) if v is not None)
+
+
+def rotate(v: Tensor, phi: Tensor) -> Tensor:
+    """Turn pairs of entries of v (..., n) by phi (..., s) turns: (a, c) to (a cos - c sin, a sin + c cos).
+
+    The first half of v holds the a's and the second the c's; the pairs from s on stay as they are.
+    """
+    s = phi.shape[-1]
+    (a, a_rest), (c, c_rest) = (half.tensor_split([s], dim=-1) for half in v.chunk(2, dim=-1))
+    cos, sin = torch.cos(2 * math.pi * phi), torch.sin(2 * math.pi * phi)
+    return torch.cat([a * cos - c * sin, a_rest, a * sin + c * cos, c_rest], dim=-1)
+
+
+class HeadRMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension of (b, heads, l, r, d), in float32 at least; weight: (d) or (h d)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(self.weight.dtype, torch.float32))
+        return F.rms_norm(x, x.shape[-1:], eps=1e-5) * self.weight.view(-1, 1, 1, x.shape[-1])
+
+
+class Mamba3Mixer(nn.Module):
+    """The Mamba-3 layer, (b, l, d_model) to the same shape: projection, rotation, trapezoidal scan, gate."""
+
+    def __init__(self, config: Mamba3Config) -> None:
+        super().__init__()
+        self.config = config
+        e, h, p, n, r = config.d_inner, config.nheads, config.headdim, config.d_state, config.rank
+        self.sizes = [e, e, config.ngroups * n * r, config.ngroups * n * r, h, h, h, config.n_angles]
+        self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)  # z, x, B, C, dt, A, lam, theta
+        dt = torch.empty(h).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()  # as in the official code
+        dt = dt.clamp(min=config.dt_init_floor)
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        self.B_bias, self.C_bias = nn.Parameter(torch.ones(h, r, n)), nn.Parameter(torch.ones(h, r, n))
+        self.B_norm, self.C_norm = HeadRMSNorm(n), HeadRMSNorm(n)
+        self.D = nn.Parameter(torch.ones(h))
+        if config.is_mimo:
+            self.mimo_x, self.mimo_o = (nn.Parameter(torch.full((h, r, p), 1 / r)) for _ in range(2))
+            self.mimo_z = nn.Parameter(torch.ones(h, r, p))
+        if config.is_outproj_norm:
+            self.norm = HeadRMSNorm(e)
+        self.out_proj = nn.Linear(e, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
+        """(b, l, d_model) to the same shape, for any l.
+
+        state: what was read before x; the tensors in it are replaced by new ones. None: nothing, and nothing is kept.
+        lengths: (b,), how many steps of each row are real; padding follows them and leaves the state alone.
+        """
+        config, (b, l, _), r = self.config, x.shape, self.config.rank
+        _check_vectors(x, config.d_model)
+        now = self.new_state(b, x.device, x.dtype)
+        for name, tensor in {} if state is None else vars(state).items():
+            if tensor is not None and tensor.shape != (shape := getattr(now, name).shape):
+                raise ValueError(f"the state's {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+            setattr(now, name, getattr(now, name) if tensor is None else tensor.to(getattr(now, name).dtype))
+        # As many chunks at a time as stay in a CPU's cache, from projection to projection; else as 2^26 elements hold.
+        chunk, n = max(1, min(config.chunk_size, l)), config.d_state
+        largest = b * config.nheads * max((chunk * r) ** 2, chunk * r * n, config.headdim * n)
+        in_cache = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        steps, ys = chunk * max(1, (2**19 if in_cache else 2**26) // max(1, largest)), []
+        with _full_precision(x):
+            for i, part in enumerate(self.in_proj(x).split(steps, dim=1)):
+                real = None if lengths is None else (lengths - i * steps).clamp(0, part.shape[1])
+                ys.append(self._mix(part, now, real))
+        if state is not None:
+            vars(state).update(vars(now))
+        return self.out_proj(torch.cat(ys, dim=1).to(x.dtype))
+
+    def _mix(self, projected: Tensor, state: LayerState, lengths: Tensor | None) -> Tensor:
+        """What lies between the projections, (b, l, sum of sizes) to (b, l, e), going on from a state that is full."""
+        config, s, h = self.config, state.angle.dtype, self.config.nheads
+        z, x, B, C, dt, A, lam, theta = projected.to(s).split(self.sizes, dim=-1)
+        dt = F.softplus(dt + self.dt_bias).mT  # (b, h, l)
+        if lengths is not None:
+            dt = dt.masked_fill(_padded(x.shape[1], lengths)[:, None], 0)  # dt = 0 leaves the state alone
+        lam, A = torch.sigmoid(lam).mT, A.mT
+        rate = F.softplus(A) if config.A_activation == "softplus" else torch.where(A > 0, 1 + A, 1 / (1 + A.abs()))
+        A = -rate.clamp(min=config.A_floor)
+        turns = torch.tanh(theta).mT[:, None] * dt[:, :, None] / 2  # (b, h, s, l), modulo 1: float32 stays exact
+        phi = ((state.angle[..., None] + turns.cumsum(-1)) % 1).mT  # (b, h, l, s)
+
+        k, q = self._key(B, self.B_norm, self.B_bias, phi), self._key(C, self.C_norm, self.C_bias, phi)
+        x, z = (rearrange(v, "b l (h p) -> b h l 1 p", h=h) for v in (x, z))
+        scale_x, scale_z = (self.mimo_x[:, None], self.mimo_z[:, None]) if config.is_mimo else (1, 1)
+        v = x * scale_x  # (b, h, l, r, p)
+        last = (state.value[:, :, None, None] * scale_x).squeeze(2).mT @ state.key.transpose(1, 2)  # (b, h, p, n)
+        parts = (v, dt, lam, A, k, q, state.ssm_state, last)
+        y, after = trapezoid_recurrence(*parts) if x.shape[2] <= 1 else trapezoid_scan(*parts, config.chunk_size)
+        state.angle = _last(phi, lengths, state.angle)
+        state.key = _last(k, lengths, state.key.transpose(1, 2)).transpose(1, 2)
+        state.value, state.ssm_state = _last(x[:, :, :, 0], lengths, state.value), after
+
+        y = torch.addcmul(y, v, self.D.to(s)[:, None, None, None])
+        y = self.norm(y) if config.is_outproj_norm else y
+        y = y * F.silu(z * scale_z)
+        y = (y * self.mimo_o[:, None]).sum(3) if config.is_mimo else y.squeeze(3)
+        return rearrange(y, "b h l p -> b l (h p)")
+
+    def _key(self, B: Tensor, norm: nn.Module, bias: Tensor, phi: Tensor) -> Tensor:
+        """B or C (b, l, r g n), normed, shared by the heads of a group, biased and rotated: (b, h, l, r, n)."""
+        config = self.config
+        B = norm(rearrange(B, "b l (r g n) -> b g l r n", r=config.rank, n=config.d_state))
+        if not config.is_mimo:  # there neighbours are a pair; with MIMO, entries half of the state apart
+            B, bias = (rearrange(v, "... (j two) -> ... (two j)", two=2) for v in (B, bias))
+        B = B.repeat_interleave(config.nheads // config.ngroups, dim=1) + bias[:, None]
+        return rotate(B, phi[..., None, :])
+
+    def new_state(self, batch_size: int, device: Any = None, dtype: torch.dtype | None = None) -> LayerState:
+        """The state at the start of a sequence, as zeros; by default with the weights' device and dtype."""
+        config, b, h, n = self.config, batch_size, self.config.nheads, self.config.d_state
+        shapes = [(b, h, config.n_angles), (b, h, config.headdim, n), (b, config.rank, h, n), (b, h, config.headdim)]
+        device, dtype = device or self.D.device, torch.promote_types(dtype or self.D.dtype, torch.float32)
+        return LayerState(*(torch.zeros(shape, device=device, dtype=dtype) for shape in shapes))
+
+
+def _last(x: Tensor, lengths: Tensor | None, before: Tensor) -> Tensor:
+    """The last real step of each row of x (b, h, l, ...), or `before` (b, h, ...) where there is none."""
+    if lengths is None or not x.shape[2]:
+        return x[:, :, -1] if x.shape[2] else before
+    newest = x[torch.arange(len(x), device=x.device), :, (lengths - 1).clamp(min=0)]
+    return torch.where((lengths > 0).view(-1, *[1] * (before.ndim - 1)), newest, before)
+
+
+# ------------------------------------- 5. Block, encoder, model, language model ---------------------------------------
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last dimension, in float32 at least; the result has the weight's type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.rms_norm(x.to(dtype), x.shape[-1:], self.weight.to(dtype), self.eps).to(self.weight.dtype)
+
+
+class GatedMLP(nn.Module):
+    """fc2(x * SiLU(gate)) of the halves of fc1, (b, l, d_model) to the same shape."""
+
+    def __init__(self, config: Mamba3Config) -> None:
+        super().__init__()
+        width = math.ceil(config.d_intermediate / 128) * 128
+        self.fc1 = nn.Linear(config.d_model, 2 * width, bias=False)
+        self.fc2 = nn.Linear(width, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(x * F.silu(gate))
+
+
+class Mamba3Block(nn.Module):
+    """x + mixer(norm(x)), and with d_intermediate x + mlp(norm2(x)), on (b, l, d_model)."""
+
+    def __init__(self, config: Mamba3Config) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, eps=config.norm_epsilon)
+        self.mixer = Mamba3Mixer(config)
+        if config.d_intermediate > 0:
+            self.norm2 = RMSNorm(config.d_model, eps=config.norm_epsilon)
+            self.mlp = GatedMLP(config)
+
+    def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
+        x = x + self.mixer(self.norm(x), state, lengths)
+        return x + self.mlp(self.norm2(x)) if hasattr(self, "mlp") else x
+
+
+class Mamba3PreTrained(nn.Module):
+    """What all models have: a config, checkpoints, and words about parameters and caches."""
+
+    config: Mamba3Config
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike, device: Any = None, dtype: torch.dtype | None = None, **hub: Any
+    ) -> Self:
+        """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
+
+        name: a checkpoint in state-spaces' format, safetensors or pytorch_model.bin, sharded or not. A
+            classifier may be loaded from a language model's: its last layer then is new.
+        device: None means the CPU; dtype: None keeps the stored; hub: revision, token, cache_dir, local_files_only.
+        Raises OSError for missing files, ValueError for a model that isn't implemented here and tensors that don't fit.
+        """
+        return _load(cls, name, device or "cpu", dtype, hub)
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike,
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write config.json, generation_config.json and model.safetensors (sharded above 5 GB).
+
+        safe_serialization: False writes pytorch_model.bin, with lm_head.weight, which the official package loads.
+        state_dict: the weights, where those of the model are sharded over processes. Raises ValueError, and writes
+            nothing, unless names and shapes are those of a model with this config.
+        """
+        _save(self, Path(directory), state_dict, safe_serialization)
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Set config.gradient_checkpointing: blocks are recomputed in the backward pass. The name is transformers'."""
+        self.config.gradient_checkpointing = True
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms."""
+        ending = re.compile(r"(A_log|\bD|dt_bias|dt_proj\.bias|norm\w*\.weight)$")
+        return {name for name, _ in self.named_parameters() if ending.search(name)}
+
+    def get_input_embeddings(self) -> nn.Module:
+        return getattr(self, "backbone", self).embeddings
+
+    def get_cache_info(self, inference_params: Any) -> dict[str, float]:
+        return InferenceParams.get_cache_info(inference_params)
+
+    def reset_cache(self, inference_params: Any) -> None:
+        InferenceParams.reset(inference_params)
+
+
+class Mamba3Encoder(Mamba3PreTrained):
+    """The blocks and a final norm, (b, l, d_model) to the same shape: for inputs that are vectors already."""
+
+    def __init__(self, config: Mamba3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(Mamba3Block(config) for _ in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model, eps=config.norm_epsilon)
+        for layer in self.layers:  # n_layer of them add to the residual stream
+            for linear in (layer.mixer.out_proj, *([layer.mlp.fc2] if config.d_intermediate else [])):
+                linear.weight.data.div_(math.sqrt(config.n_layer))
+
+    def forward(self, x: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None) -> Tensor:
+        """(b, l, d_model) to the same shape, in the weights' type.
+
+        inference_params: a cache, see InferenceParams. The model goes on from the states in it and replaces them, once
+            all layers have succeeded; gradients stop there, between two calls.
+        attention_mask: (b, l) of 0 and 1, the tokens of this call; padding on the left or on the right, no holes.
+        """
+        _check_vectors(x, self.config.d_model)
+        dtype = self.norm_f.weight.dtype
+        x = x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
+        left, lengths = (None, None) if attention_mask is None else _padding(attention_mask, x.shape[:2])
+        if left is not None:  # the real tokens first, so that only padding on the right remains
+            x = _roll(x, left)
+            x = x.masked_fill(_padded(x.shape[1], lengths)[..., None], 0)
+        states = [None] * len(self.layers)
+        if inference_params is not None:
+            stored, all_layers = inference_params.key_value_memory_dict, range(len(self.layers))
+            if stored and stored.keys() != set(all_layers):
+                raise ValueError(f"inference_params must hold states of {all_layers} or none, got {sorted(stored)}")
+            states = [LayerState(*stored.get(i, ())) for i in all_layers]
+        recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        for layer, state in zip(self.layers, states, strict=True):
+            if recompute and state is None:  # a state would hold its new tensors by then
+                x = checkpoint(layer, x, None, lengths, use_reentrant=False)
+            else:
+                x = layer(x, state, lengths)
+        x = self.norm_f(x)
+        if inference_params is not None:
+            stored.update({i: tuple(v.detach() for v in state.tensors()) for i, state in enumerate(states)})
+            if isinstance(inference_params, InferenceParams):
+                inference_params.seqlen_offset += x.shape[1]
+        return x if left is None else _roll(x, -left)
+
+
+class Embedding(nn.Embedding):
+    """Looks ids (b, l) up, or multiplies vectors (b, l, d_model) by its rows: the head of a model that ties the two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) if x.is_floating_point() else super().forward(x)
+
+
+class Mamba3Model(Mamba3Encoder):
+    """The encoder with an embedding: ids (b, l), or embeddings (b, l, d_model), to hidden states (b, l, d_model).
+
+    Where config.vocab_size is None there is no embedding, and the input is vectors.
+    """
+
+    def __init__(self, config: Mamba3Config) -> None:
+        super().__init__(config)
+        if config.vocab_size is not None:
+            self.embeddings = Embedding(config.padded_vocab_size, config.d_model)
+            nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
+
+    def forward(
+        self, input_ids: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        x = input_ids
+        if not x.is_floating_point() and self.config.vocab_size is not None:
+            _check_ids("input_ids", x, self.config.padded_vocab_size, ndim=2)
+            x = self.embeddings(x)
+        return super().forward(x, inference_params, attention_mask=attention_mask)
+
+
+class Mamba3ForCausalLM(Mamba3PreTrained):
+    """The language model: next-token logits for every position."""
+
+    def __init__(self, config: Mamba3Config) -> None:
+        super().__init__()
+        _require(config.vocab_size is not None, "vocab_size must be a positive integer in a language model, got None")
+        self.config = config
+        self.backbone = Mamba3Model(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """What makes logits of hidden states: `lm_head`, or the embedding where the two are tied."""
+        return self.backbone.embeddings if self.config.tie_embeddings else self.lm_head
+
+    def forward(
+        self, input_ids: Tensor, inference_params: Any = None, labels: Tensor | None = None, *,
+        attention_mask: Tensor | None = None, num_last_tokens: int = 0,
+    ) -> Tensor | dict[str, Tensor]:  # fmt: skip
+        """Logits (b, l, padded_vocab_size), float32, from ids (b, l) or embeddings (b, l, d_model).
+
+        inference_params, attention_mask: see the encoder. Any number of tokens a call.
+        labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; padding never does. Then
+            the result is a dict of "loss" (mean cross entropy in nats, float32) and "logits".
+        num_last_tokens: k > 0 gives the logits of the last k positions alone.
+        """
+        most = math.inf if labels is None else 0
+        _require(0 <= num_last_tokens <= most, f"num_last_tokens must be 0 (all) to {most}, got {num_last_tokens}")
+        if labels is not None:
+            _check_labels(labels, input_ids.shape[:2], self.config.padded_vocab_size)
+        hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
+        logits = self.get_output_embeddings()(hidden[:, -num_last_tokens:])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if labels is None else {"loss": _loss(logits, labels, attention_mask), "logits": logits}
+
+    @torch.no_grad()
+    def step(self, token_ids: Tensor, inference_params: Any) -> Tensor:
+        """Logits (b, padded_vocab_size) after one more token (b,): time and memory don't depend on what came before."""
+        return self(token_ids[:, None], inference_params)[:, -1]
+
+    @torch.no_grad()
+    def advance(self, token_ids: Tensor, states: "States") -> tuple[Tensor, "States"]:
+        """`step` as a function, for torch.compile and torch.export: ids (b,) and states to logits and new states.
+
+        states: the `key_value_memory_dict` of a cache; {} at the start of a sequence.
+        """
+        cache = InferenceParams(dict(states))
+        return self(token_ids[:, None], cache)[:, -1], cache.key_value_memory_dict
+
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int = 50, temperature: float = 1.0, top_k: int | None = None,
+        top_p: float = 1.0, eos_token_id: int | Sequence[int] | None = None, attention_mask: Tensor | None = None,
+        use_cache: bool = True, generator: torch.Generator | None = None, inference_params: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """Continue prompts (b, l): ids (b, l + new), new <= max_new_tokens.
+
+        temperature 0 takes the likeliest token; else one is drawn from softmax(logits / temperature), of the `top_k`
+            likeliest (None or 0: all) and then of the fewest likeliest that hold `top_p` of the probability.
+        eos_token_id: an id or several, None for the config's, () for none. A row that drew one is filled up with the
+            first of them and its state stays there; the result is shorter when all rows did.
+        attention_mask: (b, l) of 0 and 1, for prompts padded on the left or on the right.
+        use_cache: False reads the whole text anew for every token: the same ids, slowly.
+        inference_params: a cache whose text the prompt continues; afterwards it has read all but each row's last token.
+        """
+        sampling = (temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator, inference_params)
+        tokens = _generate(self, input_ids, max_new_tokens, *sampling)
+        return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)
+
+    def stream(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Iterator[int | Tensor]:
+        """The new tokens of `generate` (the same arguments) as they come: an int for one prompt, else ids (b,)."""
+        tokens = _generate(self, input_ids, *args, **kwargs)
+        return (token.item() for token in tokens) if len(input_ids) == 1 else tokens
+
+    generate_streaming = stream  # MiniMamba
+
+    def resize_token_embeddings(self, vocab_size: int) -> nn.Module:
+        """Give embedding and head rows for vocab_size tokens; rows that are new start as in a new model."""
+        return _resize(self, vocab_size)
+
+
+def _check_vectors(x: Tensor, width: int) -> None:
+    """Raise ValueError unless x is floating point of shape (b, l, width)."""
+    if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
+        allowed = f"floating point of shape (b, l, d_model = {width})"
+        raise ValueError(f"the input must be {allowed}, got {x.dtype} of shape {tuple(x.shape)}")
+
+
+def _check_ids(name: str, ids: Tensor, size: int, ndim: int) -> None:
+    """Raise ValueError unless ids are integers in [0, size); compiled code doesn't look at values."""
+    if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != ndim:
+        raise ValueError(f"{name} must be int64 of {ndim} dimensions, got {ids.dtype} of shape {tuple(ids.shape)}")
+    if ids.numel() and not ids.is_meta and not torch.compiler.is_compiling():
+        low, high = (bound.item() for bound in torch.aminmax(ids))
+        if low < 0 or high >= size:
+            raise ValueError(f"{name} must be in [0, {size}), got {low if low < 0 else high}")
+
+
+def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
+    """How many padding tokens each row begins with, and how many real ones follow, both (b,); None if all are real."""
+    if attention_mask.shape != shape:
+        raise ValueError(f"attention_mask must have shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
+    real, lengths = attention_mask.bool(), attention_mask.bool().sum(1)
+    left = real.int().argmax(1) if shape[1] else lengths
+    if torch.compiler.is_compiling():  # doesn't look at values
+        return left, lengths
+    position = torch.arange(shape[1], device=real.device) - left[:, None]
+    expected = ((position >= 0) & (position < lengths[:, None])).to(attention_mask.dtype)
+    if not torch.equal(attention_mask, expected):
+        raise ValueError("attention_mask must hold 0 and 1, the zeros on the left or on the right, not between ones")
+    return (None, None) if real.all() else (left, lengths)
+
+
+def _padded(l: int, lengths: Tensor) -> Tensor:
+    """Which of l steps are padding, (b, l), where only the first `lengths` (b,) of each row are real."""
+    return torch.arange(l, device=lengths.device) >= lengths[:, None]
+
+
+def _roll(x: Tensor, by: Tensor) -> Tensor:
+    """Move each row of (b, l, ...) to the left by its own number of positions (b,), around the end."""
+    index = (torch.arange(x.shape[1], device=x.device) + by[:, None]) % x.shape[1]  # (b, l)
+    return x[torch.arange(len(x), device=x.device)[:, None], index]
+
+
+def _check_labels(labels: Tensor, shape: torch.Size, size: int) -> None:
+    if labels.shape != shape:
+        raise ValueError(f"labels must have shape {tuple(shape)}, got {tuple(labels.shape)}")
+    _check_ids("labels", labels.masked_fill(labels == -100, 0), size, ndim=2)
+
+
+def _loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The mean cross entropy of each token given those before it; labels (b, l) may be -100, where none counts."""
+    if attention_mask is not None:  # nor does the token after padding on the left, which nothing predicts
+        labels = labels.masked_fill(~(attention_mask.bool() & attention_mask.bool().roll(1, dims=1)), -100)
+    return F.cross_entropy(rearrange(logits[:, :-1], "b l v -> (b l) v"), labels[:, 1:].flatten())
+
+
+# --------------------------------------------------- 6. Generation ----------------------------------------------------
+
+PROMPT_SEGMENT = 512  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
+States = dict[int, tuple[Tensor, ...]]  # of each layer, by its position: the tensors of its LayerState
+
+
+@dataclass
+class InferenceParams:
+    """A cache: the state of every layer after the tokens read so far, all that generation has to remember.
+
+    `key_value_memory_dict[position of the layer] = (angle, ssm_state, key, value)`; empty: the start of a sequence.
+    Models take any object with that dict. They replace its tensors by new ones, never write to them, and detach them:
+    gradients don't flow from one call of a model into the one before (those of a layer do, through its LayerState).
+    `seqlen_offset` counts the tokens read, padding included, for information.
+    """
+
+    key_value_memory_dict: States = field(default_factory=dict)
+    seqlen_offset: int = 0
+
+    def reset(self) -> None:
+        """Forget everything: the next call starts a new sequence."""
+        getattr(self, "key_value_memory_dict", {}).clear()
+        if isinstance(self, InferenceParams):
+            self.seqlen_offset = 0
+
+    reset_cache = reset  # MiniMamba's name
+
+    def clone(self) -> "InferenceParams":
+        """A copy: continue one prefix in several ways."""
+        return self._map(torch.clone)
+
+    def select(self, rows: Tensor | Sequence[int]) -> "InferenceParams":
+        """A copy with these rows of the batch, chosen, repeated or reordered: beams, several answers to one prompt."""
+        rows = torch.as_tensor(rows)
+        return self._map(lambda v: v.index_select(0, rows.to(v.device)))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "InferenceParams":
+        states = {i: tuple(map(function, state)) for i, state in self.key_value_memory_dict.items()}
+        return InferenceParams(states, self.seqlen_offset)
+
+    def get_cache_info(self) -> dict[str, float]:
+        """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
+        stored = getattr(self, "key_value_memory_dict", {})  # a model lends this method to foreign caches, and to None
+        tensors = [tensor for state in stored.values() for tensor in state]
+        info = {"memory_mb": sum(tensor.nbytes for tensor in tensors) / 1e6, "cached_layers": len(stored)}
+        return info | {"total_tensors": len(tensors), "seqlen_offset": getattr(self, "seqlen_offset", 0)}
+
+
+@torch.no_grad()
+def _generate(
+    model: Mamba3ForCausalLM, unread: Tensor, max_new_tokens: int = 50, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float = 1.0, eos_token_id: int | Sequence[int] | None = None,
+    attention_mask: Tensor | None = None, use_cache: bool = True, generator: torch.Generator | None = None,
+    inference_params: Any = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """The new tokens of `generate`, (b,) each: read what is unread, draw a token, and so on."""
+    shape, eos = tuple(unread.shape), model.config.eos_token_id if eos_token_id is None else eos_token_id
+    _require(len(shape) == 2 and shape[1] > 0, f"input_ids must have shape (b, l) with l > 0, got {shape}")
+    allowed = "max_new_tokens must be an integer, 0 or greater"
+    _require(type(max_new_tokens) is int and max_new_tokens >= 0, f"{allowed}, got {max_new_tokens!r}")
+    sample(torch.empty(0, 1), temperature, top_k, top_p)  # checks them, before anything is read
+    _require(eos is None or _are_ids(eos), f"eos_token_id must be None, an integer or a list of them, got {eos!r}")
+    eos = [eos] if type(eos) is int else list(eos or ())
+    _require(use_cache or inference_params is None, "use_cache must be True with inference_params, got False")
+    cache, mask = InferenceParams() if inference_params is None else inference_params, attention_mask
+    left, lengths = (None, None) if mask is None else _padding(mask, unread.shape)
+    if left is not None:  # padding to the left, so that every row's last token is real
+        _require(bool(lengths.all()), "attention_mask must leave at least one real token in every row")
+        unread, mask = (_roll(v, left + lengths) for v in (unread, mask))
+    ended = torch.zeros_like(unread[:, 0], dtype=torch.bool)
+    if max_new_tokens == 0 and unread.shape[1] > 1:  # all but the last token are read in any case
+        _read(model, unread[:, :-1], None if mask is None else mask[:, :-1], cache)
+    for _ in range(max_new_tokens):
+        logits = _read(model, unread, mask, cache if use_cache else InferenceParams())
+        token = sample(logits[:, : model.config.vocab_size], temperature, top_k, top_p, generator)
+        token = token.masked_fill(ended, eos[0]) if eos else token
+        yield token
+        ended = ended | torch.isin(token, torch.tensor(eos, dtype=token.dtype, device=token.device))
+        if eos and ended.all():
+            return
+        if use_cache:  # rows that ended read nothing more
+            unread, mask = token[:, None], (~ended)[:, None] if eos and ended.any() else None
+        else:  # everything is unread each time
+            unread = torch.cat([unread, token[:, None]], dim=1)
+            mask = None if mask is None else F.pad(mask, (0, 1), value=1)
+
+
+def _read(model: Mamba3ForCausalLM, ids: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+    """Logits (b, padded_vocab_size) after the last of ids (b, l), which are read in segments."""
+    size = max(1, PROMPT_SEGMENT // max(1, len(ids)))
+    masks = itertools.repeat(None) if mask is None else mask.split(size, dim=1)
+    for segment, real in zip(ids.split(size, dim=1), masks, strict=False):
+        logits = model(segment, cache, attention_mask=real, num_last_tokens=1)
+    return logits[:, -1]
+
+
+def sample(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:  # fmt: skip
+    """Draw a token for each row of logits (b, v): ids (b,). The settings are those of `generate`."""
+    _require(0 <= temperature < math.inf, f"temperature must be 0 (greedy) or greater, got {temperature!r}")
+    is_count = top_k is None or (type(top_k) is int and top_k >= 0)
+    _require(is_count, f"top_k must be None or an integer, 0 (all) or greater, got {top_k!r}")
+    _require(0 < top_p <= 1, f"top_p must be in (0, 1], got {top_p!r}")
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0, which no temperature makes infinite
+    logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
+    probs = F.softmax(filter_logits(logits, top_k, top_p), dim=-1)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+
+
+def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
+    """Set to -inf all logits (b, v) but the top_k largest, then all but the fewest that hold top_p of the probability.
+
+    The same tokens are kept as by transformers' TopKLogitsWarper and TopPLogitsWarper.
+    """
+    if top_k and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p < 1:
+        ascending, index = logits.sort(dim=-1)
+        removed = F.softmax(ascending, dim=-1).cumsum(-1) <= 1 - top_p
+        removed[:, -1] = False
+        logits = logits.masked_fill(removed.scatter(1, index, removed), -math.inf)
+    return logits
+
+
+def _resize(model: Mamba3ForCausalLM, vocab_size: int) -> nn.Module:
+    config = replace(model.config, vocab_size=vocab_size)  # checks it
+    for part in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        old = part.weight.detach()
+        new = old.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
+        new[: len(old)] = old[: len(new)]
+        part.weight = nn.Parameter(new, part.weight.requires_grad)
+        setattr(part, "num_embeddings" if isinstance(part, nn.Embedding) else "out_features", len(new))
+    model.config.vocab_size = vocab_size
+    return model.get_input_embeddings()
+
+
+# ------------------------------------ 7. Other heads, and other projects' names ---------------------------------------
+
+
+class Mamba3ForSequenceClassification(Mamba3PreTrained):
+    """A linear classifier (config.num_labels) on the pooled hidden states (config.pooling_strategy)."""
+
+    def __init__(self, config: Mamba3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Mamba3Model(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.d_model, config.num_labels)
+        nn.init.normal_(self.classifier.weight, std=config.initializer_range)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor | dict[str, Tensor]:
+        """Logits (b, num_labels), float32, from ids (b, l) or vectors (b, l, d_model).
+
+        attention_mask: (b, l) of 0 and 1; padding on the left or on the right takes no part.
+        labels: (b,) classes, or numbers where num_labels is 1. Then the result is a dict of "loss" (mean cross entropy,
+            or mean squared error) and "logits".
+        """
+        hidden = self.backbone(input_ids, attention_mask=attention_mask)
+        logits = self.classifier(self.dropout(_pool(hidden, attention_mask, self.config.pooling_strategy)))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if labels is None:
+            return logits
+        if labels.shape != logits.shape[:1]:
+            raise ValueError(f"labels must have shape {tuple(logits.shape[:1])}, got {tuple(labels.shape)}")
+        if self.config.num_labels == 1:
+            return {"loss": F.mse_loss(logits[:, 0], labels.to(logits.dtype)), "logits": logits}
+        _check_ids("labels", labels, self.config.num_labels, ndim=1)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def _pool(hidden: Tensor, attention_mask: Tensor | None, strategy: str) -> Tensor:
+    """The last, the mean or the largest of each row's real hidden states (b, l, d_model): (b, d_model)."""
+    real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if not torch.compiler.is_compiling() and not real.any(1).all():
+        raise ValueError("input_ids must have at least one real token in every row to pool over, got a row of none")
+    if strategy == "last":
+        last = (torch.arange(hidden.shape[1], device=hidden.device) * real).argmax(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    if strategy == "mean":
+        sums = hidden.masked_fill(~real[..., None], 0).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return (sums / real.sum(1, keepdim=True)).to(hidden.dtype)
+    return hidden.masked_fill(~real[..., None], -math.inf).amax(1)
+
+
+Mamba3ForFeatureExtraction = Mamba3Model  # hidden states: MiniMamba
+Mamba3LMHeadModel = Mamba3ForCausalLM  # state-spaces/mamba: MambaLMHeadModel with the layer Mamba3
+
+
+class Mamba3(Mamba3Mixer):
+    """state-spaces/mamba's: the layer, from the fields of a config, d_model among them; or from a config."""
+
+    def __init__(self, config: Mamba3Config | None = None, **fields: Any) -> None:
+        if (config is None) != ("d_model" in fields) or (config is not None and fields):
+            got = f"{type(config).__name__} and {', '.join(fields) or 'no fields'}"
+            raise TypeError(f"Mamba3, the layer (not Mamba3ForCausalLM), needs a config or d_model=, got {got}")
+        super().__init__(Mamba3Config(**fields) if config is None else config)
+
+
+# -------------------------------------- 8. Checkpoints, and what a config allows --------------------------------------
+
+# The official loader takes these keys of config.json alone, and hands ssm_cfg to the layer, which ignores names that it
+# doesn't know: there are the layer's settings by our names, and what else our config has.
+OFFICIAL = {"attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "fused_add_norm": True}
+TOP_LEVEL = ["d_model", "d_intermediate", "n_layer", "vocab_size", "residual_in_fp32", "pad_vocab_size_multiple"]
+TOP_LEVEL += ["tie_embeddings"]
+SPECIAL_TOKENS = ["bos_token_id", "eos_token_id", "pad_token_id"]  # in generation_config.json
+END_OF_TEXT = 128001  # of Llama 3.1's tokenizer, which the published models use
+TOKENIZER = "NousResearch/Meta-Llama-3.1-8B"  # a mirror of it
+
+
+def _config_from(stored: Mapping[str, Any]) -> Mamba3Config:
+    """The settings in a checkpoint's config.json; ValueError for a model that this file does not implement."""
+    kind, ssm_cfg = stored.get("model_type"), {"layer": "Mamba1"} | (stored.get("ssm_cfg") or {})
+    _require(kind is None, f"config.json with model_type {kind!r} is not state-spaces' format: use transformers or fla")
+    _require("d_model" in stored, "config.json must have d_model and ssm_cfg, as in state-spaces' format")
+    layer = ssm_cfg.pop("layer")
+    use = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py"}.get(layer, "mamba_ssm")
+    _require(layer == "Mamba3", f"ssm_cfg['layer'] must be 'Mamba3' in this file, got {layer!r}: use {use}")
+    wrong = {name: stored[name] for name in ("attn_layer_idx",) if stored.get(name)}  # hybrids
+    wrong |= {} if stored.get("rms_norm", True) else {"rms_norm": False}  # LayerNorm
+    wrong |= {name: value for name, value in ssm_cfg.items() if name not in {f.name for f in fields(Mamba3Config)}}
+    _require(not wrong, f"config.json is of a model that this file does not implement, with {wrong}: use mamba_ssm")
+    values = {name: stored[name] for name in TOP_LEVEL if name in stored}
+    if "vocab_size" in values and (values["vocab_size"] or 0) > END_OF_TEXT:
+        values["eos_token_id"] = END_OF_TEXT
+    special = {name: stored[name] for name in SPECIAL_TOKENS if stored.get(name) is not None}
+    return Mamba3Config.from_dict(values | ssm_cfg | special)
+
+
+def _to_state_spaces(config: Mamba3Config) -> dict[str, Any]:
+    """The fields of a config.json in state-spaces' format."""
+    _require(config.norm_epsilon == 1e-5, f"norm_epsilon must be 1e-5 in a checkpoint, got {config.norm_epsilon}")
+    elsewhere = {*TOP_LEVEL, *SPECIAL_TOKENS, "norm_epsilon", "gradient_checkpointing"}
+    ssm_cfg = {name: value for name, value in config.to_dict().items() if name not in elsewhere}
+    top = {name: getattr(config, name) for name in TOP_LEVEL}
+    return top | OFFICIAL | {"ssm_cfg": {"layer": "Mamba3"} | ssm_cfg}
+
+
+WEIGHT_FILES = [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+SHARDS = ["model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"]
+HEADS = {"lm_head.weight", "classifier.weight", "classifier.bias"}
+
+
+def _directory(name: str | os.PathLike, hub: Mapping[str, Any]) -> Path:
+    """The directory of a checkpoint: `name`, or where huggingface_hub has put its copy."""
+    if unknown := hub.keys() - {"revision", "token", "cache_dir", "local_files_only"}:
+        raise TypeError(f"from_pretrained got unknown arguments: {', '.join(sorted(unknown))}")
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    files = ["config.json", "generation_config.json", "tokenizer.json", *WEIGHT_FILES[:2], *SHARDS[:1]]
+    try:
+        directory = Path(snapshot_download(str(name), allow_patterns=files, **hub))
+        if not any(directory.glob("*.safetensors")):
+            snapshot_download(str(name), allow_patterns=WEIGHT_FILES[2:] + SHARDS[1:], **hub)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"can't load {str(name)!r}: no such directory, and the model hub says: {reason}") from None
+    return directory
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """JSON with infinity as `Infinity` or as transformers 5 writes it, {"__float__": "Infinity"}."""
+    try:
+        text = path.read_text()
+        stored = json.loads(text, object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d)
+    except ValueError as error:  # not JSON, or no text at all
+        raise ValueError(f"can't read {path}: {error}") from None
+    _require(isinstance(stored, dict), f"{path} must hold a JSON object, got a {type(stored).__name__}")
+    return stored
+
+
+def _stored_tensors(directory: Path) -> dict[str, Tensor]:
+    """A checkpoint's tensors by our names, as views of mapped files where that can be: read when used."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (there := [name for name in WEIGHT_FILES if (directory / name).exists()]):
+        raise OSError(f"can't load {str(directory)!r}: it has none of {', '.join(WEIGHT_FILES)}")
+    is_index, tensors = there[0].endswith(".index.json"), {}
+    for name in sorted(set(_read_json(directory / there[0])["weight_map"].values())) if is_index else there[:1]:
+        path = directory / name
+        try:
+            if name.endswith(".safetensors"):
+                tensors |= load_file(path)
+            else:  # torch before 1.6 wrote no zip files, which alone can be mapped
+                tensors |= torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        except SafetensorError as error:
+            raise OSError(f"can't load {path}: {error}") from None
+    return {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in tensors.items()}
+
+
+def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Mapping[str, Any]) -> Mamba3PreTrained:
+    """See `from_pretrained`. The names of tensors are without "backbone." in here."""
+    _require(dtype is None or isinstance(dtype, torch.dtype), f"dtype must be None or a torch.dtype, got {dtype!r}")
+    directory = _directory(name, hub)
+    stored, elsewhere = _read_json(directory / "config.json"), directory / "generation_config.json"
+    stored = stored | (_read_json(elsewhere) if elsewhere.exists() else {})
+    config, tensors = _config_from(stored), _stored_tensors(directory)
+    if (head := tensors.get("lm_head.weight")) is not None:  # tensors count more than the config
+        embedding = tensors.setdefault("embeddings.weight", head)
+        config.tie_embeddings = config.tie_embeddings and torch.equal(head, embedding.to(head.dtype))
+    with torch.device("meta"):
+        model = cls(config)
+    names = {key.removeprefix("backbone."): key for key in model.state_dict()}
+    wanted = {key: model.get_parameter(name).shape for key, name in names.items()}
+    if not HEADS & tensors.keys() & wanted.keys() and hasattr(model, "classifier"):  # the weights of a language model
+        new = torch.zeros(1 + config.d_model, config.num_labels, dtype=tensors["norm_f.weight"].dtype)
+        tensors |= {"classifier.bias": new[0], "classifier.weight": new[1:].mT.normal_(std=config.initializer_range)}
+    tensors = {key: tensor for key, tensor in tensors.items() if key in wanted or key not in HEADS}
+    _check_tensors(f"the tensors of {str(name)!r}", wanted, tensors)
+    if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:
+        dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")).removeprefix("torch."), None)
+    weights = {names[key]: tensor.to(device, dtype, copy=True) for key, tensor in tensors.items()}
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _check_tensors(what: str, wanted: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, naming tensors and shapes, unless they are the wanted ones."""
+    problems = [f"{key} is missing" for key in sorted(wanted.keys() - found.keys())]
+    problems += [f"{key} is not in the model" for key in sorted(found.keys() - wanted.keys())]
+    both = sorted(wanted.keys() & found.keys())
+    problems += [f"{k} is {tuple(found[k].shape)}, not {tuple(wanted[k])}" for k in both if found[k].shape != wanted[k]]
+    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+    _require(not problems, f"{what} do not fit: {'; '.join(problems[:5])}{more}")
+
+
+def _save(model: Mamba3PreTrained, directory: Path, state_dict: Mapping[str, Tensor] | None, safe: bool) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    sharded = state_dict is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    how = "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict, full_state_dict=True"
+    _require(not sharded, f"the model's parameters are sharded: {how}, and give the result as state_dict")
+    wrappers = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile's, activation checkpointing's
+    tensors = dict(model.named_parameters()) if state_dict is None else state_dict
+    tensors = {wrappers.sub("", name): tensor.detach() for name, tensor in tensors.items()}
+    with torch.device("meta"):
+        wanted = {key: value.shape for key, value in type(model)(model.config).state_dict().items()}
+    _check_tensors(f"the tensors of this {type(model).__name__}", wanted, tensors)
+    stored, special = _to_state_spaces(model.config), {name: getattr(model.config, name) for name in SPECIAL_TOKENS}
+    tensors = {name.replace("embeddings.", "embedding."): tensor for name, tensor in tensors.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
+        if safe:
+            save_torch_state_dict(tensors, beside, metadata={"format": "pt"})
+        else:  # the official loader is strict, and knows one file
+            head = {"lm_head.weight": tensors["backbone.embedding.weight"]} if model.config.tie_embeddings else {}
+            torch.save(tensors | head, Path(beside, "pytorch_model.bin"))
+        Path(beside, "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
+        names = [*sorted(os.listdir(beside)), "config.json"]
+        Path(beside, "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+        for name in names:
+            os.chmod(Path(beside, name), 0o644)
+            os.replace(Path(beside, name), directory / name)
+    for path in itertools.chain.from_iterable(map(directory.glob, WEIGHT_FILES + SHARDS)):
+        if path.name not in names:  # of the checkpoint before
+            path.unlink()
+
+
+def _check_fields(config: Mamba3Config) -> None:
+    """Raise ValueError for a field of the wrong type or a number that isn't positive; make floats of whole numbers."""
+    may_be_0 = ("d_intermediate", "initializer_range", "dropout", "bos_token_id", "eos_token_id", "pad_token_id")
+    for f in fields(config):
+        value, kinds = getattr(config, f.name), get_args(f.type) or (f.type,)  # types of a union, or literals
+        if float in kinds and type(value) is int:
+            setattr(config, f.name, value := float(value))
+        fits = value in kinds if get_origin(f.type) is Literal else type(value) in kinds
+        if type(value) in (int, float):
+            fits = fits and 0 <= value < math.inf and (value > 0 or f.name in may_be_0)
+        names = {int: "a positive integer", float: "a positive number", bool: "True or False", type(None): "None"}
+        names |= {list: "a list", tuple: "a tuple", str: "a word"}
+        _require(fits, f"{f.name} must be {' or '.join(names.get(k, repr(k)) for k in kinds)}, got {value!r}")
+    _require(config.dt_min <= config.dt_max, f"dt_max must be at least dt_min ({config.dt_min}), got {config.dt_max}")
+    _require(config.dropout < 1, f"dropout must be in [0, 1), got {config.dropout}")
+    eos = config.eos_token_id
+    _require(eos is None or _are_ids(eos), f"eos_token_id must be an integer, a list of them or None, got {eos!r}")
+
+
+def _are_ids(value: Any) -> bool:
+    return all(type(token) is int for token in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _require(holds: bool, message: str) -> None:
+    """Raise ValueError with this message unless it holds."""
+    if not holds:
+        raise ValueError(message)
+
+
+# -------------------------------------------------- 9. Command line ---------------------------------------------------
+
+
+def main() -> None:
+    """Stream the continuation of a text to standard output, and a summary to standard error."""
+    from huggingface_hub import hf_hub_download
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import DecodeStream
+
+    here = Path(globals().get("__file__", "")).parent  # there is no file when this is pasted into a notebook
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
+    parser.add_argument("prompt", nargs="?", help="the text to continue; read from standard input when piped")
+    add = functools.partial(parser.add_argument, help="(default: %(default)s)")
+    add(
+        "--model",
+        default=str(here / "pretrained" / "shakespeare-mamba3"),
+        help="a directory or a name on the model hub",
+    )
+    add("--max-new-tokens", type=int, default=500)
+    add("--temperature", type=float, default=0.8)
+    add("--top-k", type=int, default=0)
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, help="the same seed gives the same text")
+    add("--device", default=best)
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="by default float32 on a CPU, else as stored")
+    args = parser.parse_args()
+    args.prompt = sys.stdin.read() if args.prompt is None and not sys.stdin.isatty() else args.prompt
+    if not args.prompt:
+        parser.error("no prompt: give one as an argument or on standard input")
+    device, dtype = args.device, args.dtype or ("float32" if args.device == "cpu" else None)
+
+    model = Mamba3ForCausalLM.from_pretrained(args.model, device=device, dtype=dtype and getattr(torch, dtype))
+    path = _directory(args.model, {}) / "tokenizer.json"
+    if not path.exists():  # the published checkpoints have none and use Llama 3.1's
+        path = hf_hub_download(TOKENIZER, "tokenizer.json")
+    tokenizer, decoder = Tokenizer.from_file(str(path)), DecodeStream(skip_special_tokens=True)
+    prompt = torch.tensor([tokenizer.encode(args.prompt).ids], device=device)
+    generator = torch.Generator(device)
+    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+    sampling = (args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    print(args.prompt, end="", flush=True)
+    start, count = time.perf_counter(), 0
+    for token in model.stream(prompt, *sampling, generator=generator):
+        count += 1
+        print(decoder.step(tokenizer, token) or "", end="", flush=True)
+    seconds, size = time.perf_counter() - start, sum(parameter.numel() for parameter in model.parameters())
+    speed = f"{prompt.shape[1]} + {count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s"
+    print(f"\n{device}, {size / 1e6:.1f}M parameters: {speed}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:  # the reader of the output, `head` say, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
