@@ -102,6 +102,7 @@ class Mamba3Config:
         _require(self.d_inner % self.headdim == 0, f"headdim must divide {width}, got {self.headdim}")
         _require(self.nheads % self.ngroups == 0, f"ngroups must divide {width} / headdim, got {self.ngroups}")
         _require(self.d_state % 2 == 0, f"d_state must be even, got {self.d_state}")
+        _require(self.rope_fraction <= 1, f"rope_fraction must be in (0, 1], got {self.rope_fraction}")
 
     @property
     def d_inner(self) -> int:
@@ -248,6 +249,16 @@ class LayerState:
         return tuple(v for v in (self.angle, self.ssm_state, self.key, self.value) if v is not None)
 
 
+def cumsum_modulo_1(x: Tensor) -> Tensor:
+    """Sums over the last dimension modulo 1, as exact in float32 after a million steps as after a few."""
+    l = x.shape[-1]
+    if l <= 64:
+        return x.cumsum(-1) % 1
+    x = F.pad(x, (0, -l % 64)).unflatten(-1, (-1, 64)).cumsum(-1)
+    before = F.pad(cumsum_modulo_1(x[..., :-1, -1] % 1), (1, 0))  # sums of 64 are reduced before they are summed
+    return ((x + before[..., None]) % 1).flatten(-2)[..., :l]
+
+
 def rotate(v: Tensor, phi: Tensor) -> Tensor:
     """Turn pairs of entries of v (..., n) by phi (..., s) turns: (a, c) to (a cos - c sin, a sin + c cos).
 
@@ -329,8 +340,8 @@ class Mamba3Mixer(nn.Module):
         lam, A = torch.sigmoid(lam).mT, A.mT
         rate = F.softplus(A) if config.A_activation == "softplus" else torch.where(A > 0, 1 + A, 1 / (1 + A.abs()))
         A = -rate.clamp(min=config.A_floor)
-        turns = torch.tanh(theta).mT[:, None] * dt[:, :, None] / 2  # (b, h, s, l), modulo 1: float32 stays exact
-        phi = ((state.angle[..., None] + turns.cumsum(-1)) % 1).mT  # (b, h, l, s)
+        turns = cumsum_modulo_1(torch.tanh(theta).mT[:, None] * dt[:, :, None] / 2)  # (b, h, s, l)
+        phi = ((state.angle[..., None] + turns) % 1).mT  # (b, h, l, s)
 
         k, q = self._key(B, self.B_norm, self.B_bias, phi), self._key(C, self.C_norm, self.C_bias, phi)
         x, z = (rearrange(v, "b l (h p) -> b h l 1 p", h=h) for v in (x, z))

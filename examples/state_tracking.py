@@ -4,10 +4,10 @@
     python examples/state_tracking.py --out runs/tracking5 --modulus 5          # a running sum modulo 5
 
 After a start symbol come digits 0 to m - 1, and at each the model must give the sum of all digits so far, modulo m. A
-state that decays by a positive factor can't flip a sign with each 1; one that is rotated by half a turn can. Both models
-have --n-layer layers of width --d-model and nearly the same number of parameters. They train on fresh sequences of up to
---length digits, the same steps with each of three learning rates, and are tested on longer ones, on the last quarter of
-which the answers are counted. The best learning rate is the one that is best at twice the training length.
+state that decays by a positive factor can't flip a sign with each 1; one that is rotated by half a turn can. Both have
+--n-layer layers of width --d-model and nearly the same number of parameters. They train on fresh sequences of up to
+--length digits, with each of three learning rates the same steps, and are tested on longer ones: the answers in their
+last quarter are counted. The best learning rate is the one that is best at twice the training length.
 Shapes: b batch, l sequence length, m the modulus.
 """
 
@@ -35,10 +35,10 @@ def read_options() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", required=True, type=Path, help="directory for the results and the plot")
     add("--model", choices=MODELS, nargs="+", default=MODELS)
-    add("--lr", type=float, nargs="+", default=(1e-3, 3e-3, 1e-2), help="learning rates, one run each")
+    add("--lr", type=float, nargs="+", default=(1e-3, 3e-3, 5e-3), help="learning rates, one run each")
     add("--modulus", type=int, default=2)
     add("--length", type=int, default=40, help="the longest sequences in training")
-    add("--steps", type=int, default=1500)
+    add("--steps", type=int, default=3000)
     add("--batch-size", type=int, default=64)
     add("--d-model", type=int, default=32)
     add("--n-layer", type=int, default=1)
@@ -79,7 +79,8 @@ def accuracy(model: nn.Module, length: int, args: argparse.Namespace) -> float:
 def train(name: str, lr: float, args: argparse.Namespace) -> dict:
     """One run: its accuracy at 1 to 16 times the training length."""
     torch.manual_seed(args.seed)
-    model, generator, start = new_model(name, args).to(args.device), torch.Generator().manual_seed(args.seed), time.time()
+    model, start = new_model(name, args).to(args.device), time.time()
+    generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=args.steps, pct_start=0.1)
     bar = tqdm(range(args.steps), desc=f"{name}, {lr:g}", leave=False, disable=None)
@@ -130,8 +131,8 @@ def main() -> None:
             shares = "  ".join(f"{length}: {share:6.1%}" for length, share in runs[-1]["accuracy"].items())
             line = f"{name}, {runs[-1]['parameters']} parameters, learning rate {lr:g}, {runs[-1]['seconds']:.0f} s"
             print(f"{line}; right answers at length {shares}", flush=True)
-    at_twice = lambda run: run["accuracy"][2 * args.length]  # noqa: E731
-    plot([max((run for run in runs if run["model"] == name), key=at_twice) for name in args.model], args)
+    by_model = [[run for run in runs if run["model"] == name] for name in args.model]
+    plot([max(group, key=lambda run: run["accuracy"][2 * args.length]) for group in by_model], args)
 
 
 if __name__ == "__main__":
