@@ -310,8 +310,9 @@ class Mamba3Mixer(nn.Module):
         state: what was read before x; the tensors in it are replaced by new ones. None: nothing, and nothing is kept.
         lengths: (b,), how many steps of each row are real; padding follows them and leaves the state alone.
         """
-        config, (b, l, _), r = self.config, x.shape, self.config.rank
+        config, r = self.config, self.config.rank
         _check_vectors(x, config.d_model)
+        (b, l, _), projected = x.shape, self.in_proj(x)
         now = self.new_state(b, x.device, x.dtype)
         for name, tensor in {} if state is None else vars(state).items():
             if tensor is not None and tensor.shape != (shape := getattr(now, name).shape):
@@ -323,7 +324,7 @@ class Mamba3Mixer(nn.Module):
         in_cache = x.device.type == "cpu" and not torch.compiler.is_compiling()
         steps, ys = chunk * max(1, (2**19 if in_cache else 2**26) // max(1, largest)), []
         with _full_precision(x):
-            for i, part in enumerate(self.in_proj(x).split(steps, dim=1)):
+            for i, part in enumerate(projected.split(steps, dim=1)):
                 real = None if lengths is None else (lengths - i * steps).clamp(0, part.shape[1])
                 ys.append(self._mix(part, now, real))
         if state is not None:
