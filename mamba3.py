@@ -346,9 +346,10 @@ class Mamba3Mixer(nn.Module):
 
         k, q = self._key(B, self.B_norm, self.B_bias, phi), self._key(C, self.C_norm, self.C_bias, phi)
         x, z = (rearrange(v, "b l (h p) -> b h l 1 p", h=h) for v in (x, z))
-        scale_x, scale_z = (self.mimo_x[:, None], self.mimo_z[:, None]) if config.is_mimo else (1, 1)
-        v = x * scale_x  # (b, h, l, r, p)
-        last = (state.value[:, :, None, None] * scale_x).squeeze(2).mT @ state.key.transpose(1, 2)  # (b, h, p, n)
+        v, before = x, state.value[:, :, None]  # (b, h, l, r, p) and (b, h, r, p)
+        if config.is_mimo:
+            v, before, z = x * self.mimo_x[:, None], before * self.mimo_x, z * self.mimo_z[:, None]
+        last = before.mT @ state.key.transpose(1, 2)  # (b, h, p, n)
         parts = (v, dt, lam, A, k, q, state.ssm_state, last)
         y, after = trapezoid_recurrence(*parts) if x.shape[2] <= 1 else trapezoid_scan(*parts, config.chunk_size)
         state.angle = _last(phi, lengths, state.angle)
@@ -357,7 +358,7 @@ class Mamba3Mixer(nn.Module):
 
         y = torch.addcmul(y, v, self.D.to(s)[:, None, None, None])
         y = self.norm(y) if config.is_outproj_norm else y
-        y = y * F.silu(z * scale_z)
+        y = y * F.silu(z)
         y = (y * self.mimo_o[:, None]).sum(3) if config.is_mimo else y.squeeze(3)
         return rearrange(y, "b h l p -> b l (h p)")
 
@@ -367,8 +368,8 @@ class Mamba3Mixer(nn.Module):
         B = norm(rearrange(B, "b l (r g n) -> b g l r n", r=config.rank, n=config.d_state))
         if not config.is_mimo:  # there neighbours are a pair; with MIMO, entries half of the state apart
             B, bias = (rearrange(v, "... (j two) -> ... (two j)", two=2) for v in (B, bias))
-        B = B.repeat_interleave(config.nheads // config.ngroups, dim=1) + bias[:, None]
-        return rotate(B, phi[..., None, :])
+        bias = rearrange(bias, "(g k) r n -> g k 1 r n", g=config.ngroups)
+        return rotate((B[:, :, None] + bias).flatten(1, 2), phi[..., None, :])
 
     def new_state(self, batch_size: int, device: Any = None, dtype: torch.dtype | None = None) -> LayerState:
         """The state at the start of a sequence, as zeros; by default with the weights' device and dtype."""

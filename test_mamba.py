@@ -1964,7 +1964,7 @@ EXAMPLES = {  # name: options, what is printed (a naive forecast of the season i
 }
 
 
-@pytest.mark.parametrize("name, model", [*itertools.product(EXAMPLES, FIRST)])
+@pytest.mark.parametrize("name, model", [*itertools.product(EXAMPLES, FIRST), ("quickstart", "mamba3")])
 def test_an_example_prints_what_it_promises(name, model, script, tmp_path):
     if name == "classify":
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")

@@ -1,4 +1,4 @@
-"""Both files at a glance: the device, parameters, shapes, the time of a forward pass and the speed of generation.
+"""All files at a glance: the device, parameters, shapes, the time of a forward pass and the speed of generation.
 
     python examples/quickstart.py                                    # random weights, and the embedded checkpoints
     python examples/quickstart.py --device cuda --d-model 768 --n-layer 24 --vocab-size 50277       # mamba-130m's sizes
@@ -16,14 +16,16 @@ from typing import NoReturn
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where the two model files are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where the model files are
 
 from mamba import MambaConfig, MambaForCausalLM
 from mamba2 import Mamba2Config, Mamba2ForCausalLM
+from mamba3 import Mamba3Config, Mamba3ForCausalLM
 
-LanguageModel = MambaForCausalLM | Mamba2ForCausalLM
+LanguageModel = MambaForCausalLM | Mamba2ForCausalLM | Mamba3ForCausalLM
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
 FILES = {"mamba": (MambaConfig, MambaForCausalLM), "mamba2": (Mamba2Config, Mamba2ForCausalLM)}
+FILES |= {"mamba3": (Mamba3Config, Mamba3ForCausalLM)}
 
 
 def die(message: str) -> NoReturn:
@@ -36,7 +38,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = die  # one line, without the usage text
     add = parser.add_argument
-    add("--model", choices=("mamba", "mamba2", "both"), default="both")
+    add("--model", choices=(*FILES, "all"), default="all")
     add("--d-model", type=int, default=512, help="of the model with random weights, like the next two")
     add("--n-layer", type=int, default=6)
     add("--vocab-size", type=int, default=10000)
@@ -46,7 +48,7 @@ def read_options() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     args = parser.parse_args()
     if args.model != "mamba" and args.d_model % 32:
-        die(f"--d-model must be a multiple of 32 for mamba2 (two heads of 64 channels), got {args.d_model}")
+        die(f"--d-model must be a multiple of 32 for mamba2 and mamba3 (heads of 64 channels), got {args.d_model}")
     for name, least in (("batch_size", 1), ("seq_len", 1), ("new_tokens", 2)):
         if getattr(args, name) < least:
             die(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
@@ -96,7 +98,7 @@ def main() -> None:
         device = pick_device(args.device)
         threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
         print(f"device: {device}{threads}, float32, torch {torch.__version__}")
-        for name in FILES if args.model == "both" else [args.model]:
+        for name in FILES if args.model == "all" else [args.model]:
             torch.manual_seed(0)
             make_config, make_model = FILES[name]
             config = make_config(d_model=args.d_model, n_layer=args.n_layer, vocab_size=args.vocab_size)
