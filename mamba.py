@@ -86,7 +86,7 @@ class MambaConfig:
     eos_token_id: int | list | tuple | None = None  # where `generate` ends
     pad_token_id: int | None = None
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
-    num_labels: int = 2  # the classifier's fields: these three
+    num_labels: int = 2  # the classifier's, as the next two
     pooling_strategy: Literal["last", "mean", "max"] = "last"
     dropout: float = 0.1
 
@@ -131,7 +131,7 @@ def selective_scan_recurrence(
 ) -> tuple[Tensor, Tensor]:
     """The definition: the SSM of Algorithm 2, as the recurrence of equation 2, one step after the other.
 
-    Arguments, here all of one type, and results are those of `selective_scan`, which computes the same numbers fast.
+    Arguments, of one type, and results are those of `selective_scan` without D and z, which computes the same fast.
     """
     h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state  # (b, e, n)
     ys = []
@@ -156,8 +156,8 @@ def selective_scan(
     initial_state: (b, e, n) and D: (e,), zero when None; z: (b, l, e), no gate when None. Returns y (b, l, e) and the
     final state (b, e, n). Differentiable once, in reverse mode. Raises ValueError for arguments that don't fit.
 
-    `pieces`: into how many a sequence is cut that are scanned side by side, as a GPU, where each step waits for a small
-    kernel, likes it. It changes the work and not the result; None chooses by the sizes and the device.
+    pieces: how many parts of a sequence are scanned side by side, for GPUs, where a step is a small kernel that keeps
+    few cores busy. It changes the work and not the result; None chooses by the sizes and the device.
     """
     (b, l, e), n = u.shape, A.shape[-1]
     shapes = {"u": (b, l, e), "A": (e, n), "B": (b, l, n), "C": (b, l, n), "D": (e,), "initial_state": (b, e, n)}
@@ -169,7 +169,7 @@ def selective_scan(
     h = dt.new_zeros(b, e, n) if initial_state is None else initial_state.to(dt.dtype)
     if pieces is not None and pieces < 1:
         raise ValueError(f"pieces must be None or a positive integer, got {pieces}")
-    if pieces is None:  # rows that fill a GPU, in no more pieces than steps; two would save nothing
+    if pieces is None:  # enough to fill a GPU, no more than each has steps; each is read twice, so two save nothing
         most = 1 if u.device.type == "cpu" else min(math.isqrt(int(l)), 2**21 // max(1, b * e * n))
         pieces = most if most > 2 else 1
     with _full_precision(u):
@@ -180,30 +180,16 @@ def selective_scan(
         else:
             y, h = _scan_in_pieces(u, dt, A, B, C, h, pieces)
     y = y if D is None else torch.addcmul(y, u, D)
-    return y if z is None else y * F.silu(z), h
-
-
-def _scan_in_pieces(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, w: int) -> tuple[Tensor, Tensor]:
-    """The scan of w pieces of a sequence as rows: first from nothing, then each from the state that enters it."""
-    b, l, _ = u.shape
-    rows = (F.pad(v, (0, 0, 0, -l % w)) for v in (u, dt, B, C))  # dt = 0 leaves the state alone
-    u, dt, B, C = (rearrange(v, "b (w l) c -> (b w) l c", w=w) for v in rows)
-    _, left, _ = _Scan.apply(u, dt, A, B, C, h.new_zeros(b * w, *A.shape))  # what each piece leaves behind
-    decay = torch.exp(dt.sum(1)[..., None] * A)  # of a state on its way through a piece: (b w, e, n)
-    entering = []
-    for left_i, decay_i in zip(left.unflatten(0, (b, w)).unbind(1), decay.unflatten(0, (b, w)).unbind(1), strict=True):
-        entering.append(h)
-        h = torch.addcmul(left_i, decay_i, h)  # (b, e, n)
-    y, _, _ = _Scan.apply(u, dt, A, B, C, torch.stack(entering, 1).flatten(0, 1))
-    return rearrange(y, "(b w) l e -> b (w l) e", w=w)[:, :l], h
+    return (y if z is None else y * F.silu(z)), h
 
 
 # A sequence is walked in blocks of a few steps, whose (steps, rows, n, e) tensors stay in a CPU's cache: a product and
 # an exp for all decays, a product for all inputs, a multiply-add for each step, a product with C. Decays are in [0, 1]:
-# nothing overflows. The operators keep torch.compile from unrolling this; each copy of the file has its own.
+# nothing overflows. Channels come last, so that B and C broadcast over them; t: steps, r: rows of the batch. Operators
+# keep torch.compile from unrolling this; each copy of the file has its own.
 BLOCK = 32  # steps
 LOG2_E = math.log2(math.e)  # exp(x) = exp2(x log2(e)): CPUs are slow with an exp that underflows
-_OPERATORS = re.sub(r"^(?=\d)|\W", "_", __name__, flags=re.ASCII)
+_NAMESPACE = re.sub(r"^(?=\d)|\W", "_", __name__, flags=re.ASCII)
 
 
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
@@ -213,8 +199,9 @@ def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def _blocks(h: Tensor, l: int) -> tuple[list[tuple[slice, slice]], Tensor]:
-    """The blocks (rows, steps) of l steps with states like h (b, n, e), first to last, and memory for three tensors."""
-    (b, n, e), elements = h.shape, 2**20 if h.device.type == "cpu" else 2**26
+    """The blocks (rows, steps) of l steps with states like h (b, n, e), first to last, and space for three tensors."""
+    b, n, e = h.shape
+    elements = 2**20 if h.device.type == "cpu" else 2**26
     r = max(1, min(b, elements // (BLOCK * max(1, n * e))))
     starts = itertools.product(range(0, b, r), range(0, l, BLOCK))
     blocks = [(slice(i, min(i + r, b)), slice(t, min(t + BLOCK, l))) for i, t in starts]
@@ -233,7 +220,7 @@ def _block_states(space: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, h0
     return decay, h
 
 
-@torch.library.custom_op(f"{_OPERATORS}::selective_scan", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
 def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y (b, l, e), the final state (b, n, e) and the states before each block (blocks, b, n, e), given A (n, e)."""
     l = u.shape[1]
@@ -248,7 +235,7 @@ def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) ->
     return y, h, borders
 
 
-@torch.library.custom_op(f"{_OPERATORS}::selective_scan_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::selective_scan_backward", mutates_args=())
 def _scan_backward(
     dy: Tensor, dh: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, borders: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -256,7 +243,7 @@ def _scan_backward(
 
     The states of each block are computed again (section 3.3.2). With g the gradient of h,
 
-        g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}        and that of dt_t A is        q_t = g_t * exp(dt_t A) * h_{t-1}
+        g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}        q_t = g_t * exp(dt_t A) * h_{t-1}, the gradient of dt_t A
     """
     du, ddt, dB, dC, dh = *(torch.empty_like(v) for v in (u, dt, B, C)), dh.clone()
     blocks, space = _blocks(dh, u.shape[1])
@@ -274,7 +261,7 @@ def _scan_backward(
         d_dtu = (B_i[..., None, :] @ g).squeeze(-2)  # (t, r, e)
         du[rows, steps] = (d_dtu * dt_i).transpose(0, 1)
         q, ddt_i = g.mul_(decay).mul_(h[:-1]), d_dtu * u_i
-        for q_n, A_n in zip(q.unbind(2), A.unbind(0), strict=True):
+        for q_n, A_n in zip(q.unbind(2), A.unbind(0), strict=True):  # a sum over n, below one over t
             ddt_i.addcmul_(q_n, A_n)
         ddt[rows, steps] = ddt_i.transpose(0, 1)
         for q_t, dt_t in zip(q.unbind(0), dt_i[..., None, :].unbind(0), strict=True):
@@ -288,7 +275,7 @@ _scan_backward.register_fake(lambda dy, dh, u, dt, A, B, C, _: tuple(v.clone() f
 
 
 class _Scan(torch.autograd.Function):
-    """The operators as a differentiable function: u, dt, A, B, C, h0 (b, e, n) to y (b, l, e) and the final state."""
+    """The operators as a differentiable function: u, dt, A, B, C, h0 (b, e, n) to y, the final state, those to keep."""
 
     @staticmethod
     def forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,6 +296,21 @@ class _Scan(torch.autograd.Function):
             tensors = (v.contiguous() for v in (dy, dh.mT, u, dt, A.mT, B, C))
             du, ddt, dA, dB, dC, dh = _scan_backward(*tensors, borders)
         return du, ddt, dA.mT, dB, dC, dh.mT
+
+
+def _scan_in_pieces(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, w: int) -> tuple[Tensor, Tensor]:
+    """The scan of w pieces of a sequence as rows: first from zero states, then each from the state that enters it."""
+    b, l, _ = u.shape
+    rows = (F.pad(v, (0, 0, 0, -l % w)) for v in (u, dt, B, C))  # dt = 0 leaves the state alone
+    u, dt, B, C = (rearrange(v, "b (w l) c -> (b w) l c", w=w) for v in rows)
+    _, left, _ = _Scan.apply(u, dt, A, B, C, h.new_zeros(b * w, *A.shape))  # what each piece leaves behind
+    decay = torch.exp(dt.sum(1)[..., None] * A)  # of a state on its way through a piece: (b w, e, n)
+    entering = []
+    for left_i, decay_i in zip(left.unflatten(0, (b, w)).unbind(1), decay.unflatten(0, (b, w)).unbind(1), strict=True):
+        entering.append(h)
+        h = torch.addcmul(left_i, decay_i, h)  # (b, e, n)
+    y, _, _ = _Scan.apply(u, dt, A, B, C, torch.stack(entering, 1).flatten(0, 1))
+    return rearrange(y, "(b w) l e -> b (w l) e", w=w)[:, :l], h
 
 
 # -------------------------------------------- 4. The layer (Figure 3) -----------------------------------------------
@@ -374,7 +376,7 @@ class MambaMixer(nn.Module):
         self.conv1d = CausalConv1d(e, config.d_conv, bias=config.conv_bias)
         self.x_proj = nn.Linear(e, dt_rank + 2 * n, bias=False)
         self.dt_proj = StepSize(dt_rank, e)
-        self.A_log = nn.Parameter(torch.arange(1, n + 1).float().log().repeat(e, 1))
+        self.A_log = nn.Parameter(torch.arange(1, n + 1).float().log().repeat(e, 1))  # S4D-Real (section 3.6)
         self.D = nn.Parameter(torch.ones(e))
         self.out_proj = nn.Linear(e, config.d_model, bias=config.bias)
         scale = config.dt_scale * dt_rank**-0.5
@@ -383,8 +385,9 @@ class MambaMixer(nn.Module):
         dt = torch.empty(e).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()
         dt = dt.clamp(min=config.dt_init_floor)
         self.dt_proj.bias.data = dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
-        for bias in (linear.bias for linear in (self.in_proj, self.out_proj) if config.bias):
-            nn.init.zeros_(bias)
+        if config.bias:
+            nn.init.zeros_(self.in_proj.bias)
+            nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
         """(b, l, d_model) to the same shape, for any l.
@@ -396,7 +399,9 @@ class MambaMixer(nn.Module):
         _check_vectors(x, config.d_model)
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
         u = F.silu(self.conv1d(u, state, lengths)).to(x.dtype)  # (b, l, e)
-        dt, B, C = self.x_proj(u).split([config.dt_rank, config.d_state, config.d_state], dim=-1)  # selected by u
+        dt, B, C = self.x_proj(u).split(
+            [config.dt_rank, config.d_state, config.d_state], dim=-1
+        )  # Algorithm 2, lines 2 to 4: selected by u
         if config.mixer_rms_eps is not None:  # FalconMamba
             dt, B, C = (F.rms_norm(v.to(s), v.shape[-1:], eps=config.mixer_rms_eps).to(v.dtype) for v in (dt, B, C))
         dt = F.softplus(self.dt_proj(dt))  # (b, l, e), float32 at least
@@ -404,7 +409,7 @@ class MambaMixer(nn.Module):
             dt = dt.masked_fill(_padded(x.shape[1], lengths)[..., None], 0)  # dt = 0 leaves the state alone
         A = -torch.exp(self.A_log.to(s))  # (e, n)
         before = None if state is None else state.ssm_state
-        y, after = selective_scan(u, dt, A, B, C, before, D=self.D, z=z)  # (b, l, e) and (b, e, n)
+        y, after = selective_scan(u, dt, A, B, C, before, D=self.D, z=z)  # with D u and the gate SiLU(z)
         if state is not None:
             state.ssm_state = after
         return self.out_proj(y.to(x.dtype))
@@ -440,7 +445,7 @@ class MambaBlock(nn.Module):
 
 
 class MambaPreTrained(nn.Module):
-    """What all models have: a config, checkpoints, and words about parameters and caches."""
+    """What all models have: a config, checkpoints, and methods about parameters and caches."""
 
     config: MambaConfig
 
@@ -470,7 +475,7 @@ class MambaPreTrained(nn.Module):
         self.config.gradient_checkpointing = True
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms."""
+        """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms, if any."""
         ending = re.compile(r"(A_log|\bD|dt_bias|dt_proj\.bias|norm\w*\.weight)$")
         return {name for name, _ in self.named_parameters() if ending.search(name)}
 
@@ -517,7 +522,7 @@ class MambaEncoder(MambaPreTrained):
             states = [LayerState(*stored.get(i, ())) for i in all_layers]
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, state in zip(self.layers, states, strict=True):
-            if recompute and state is None:  # a state would hold its new tensors by then
+            if recompute and state is None:  # once more a layer would start from the state that it has left
                 x = checkpoint(layer, x, None, lengths, use_reentrant=False)
             else:
                 x = layer(x, state, lengths)
@@ -589,7 +594,7 @@ class MambaForCausalLM(MambaPreTrained):
         if labels is not None:
             _check_labels(labels, input_ids.shape[:2], self.config.padded_vocab_size)
         hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
-        logits = self.get_output_embeddings()(hidden[:, -num_last_tokens:])
+        logits = self.get_output_embeddings()(hidden[:, -num_last_tokens:])  # -0: all
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if labels is None else {"loss": _loss(logits, labels, attention_mask), "logits": logits}
 
@@ -1049,8 +1054,9 @@ def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Map
     names = {key.removeprefix("backbone."): key for key in model.state_dict()}
     wanted = {key: model.get_parameter(name).shape for key, name in names.items()}
     if not HEADS & tensors.keys() & wanted.keys() and hasattr(model, "classifier"):  # the weights of a language model
-        new = torch.zeros(1 + config.d_model, config.num_labels, dtype=tensors["norm_f.weight"].dtype)
-        tensors |= {"classifier.bias": new[0], "classifier.weight": new[1:].mT.normal_(std=config.initializer_range)}
+        zeros = tensors["norm_f.weight"].new_zeros
+        tensors["classifier.bias"] = zeros(config.num_labels)
+        tensors["classifier.weight"] = zeros(config.num_labels, config.d_model).normal_(std=config.initializer_range)
     tensors = {key: tensor for key, tensor in tensors.items() if key in wanted or key not in HEADS}
     _check_tensors(f"the tensors of {str(name)!r}", wanted, tensors)
     if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:

@@ -91,7 +91,7 @@ class Mamba2Config:
     eos_token_id: int | list | tuple | None = None  # where `generate` ends
     pad_token_id: int | None = None
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
-    num_labels: int = 2  # the classifier's fields: these three
+    num_labels: int = 2  # the classifier's, as the next two
     pooling_strategy: Literal["last", "mean", "max"] = "last"
     dropout: float = 0.1
 
@@ -152,9 +152,9 @@ class Mamba2Config:
 def ssd_recurrence(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The definition: the linear, recurrent form, one step after the other.
+    """The definition: the linear, recurrent form, one step after the other; exp(dt A) and dt x are the paper's A and x.
 
-    Arguments, here all of one type, and results are those of `ssd`, which computes the same numbers fast.
+    Arguments, of one type, and results are those of `ssd` without D, which computes the same numbers fast.
     """
     (b, _, h, p), (g, n) = x.shape, B.shape[2:]
     state = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
@@ -172,7 +172,7 @@ def ssd_quadratic(
 ) -> tuple[Tensor, Tensor]:
     """The dual, quadratic form (section 5): attention whose mask L holds the decays, y = (L * C B^T) (dt x).
 
-    Arguments, here all of one type, and results are those of `ssd`, which computes the same numbers in linear time.
+    Arguments, of one type, and results are those of `ssd` without D, which computes the same numbers in linear time.
     """
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
     state = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
@@ -189,9 +189,9 @@ def ssd_quadratic(
 
 
 def decay_matrix(a: Tensor) -> Tensor:
-    """The 1-semiseparable mask L (section 3): L[i, j] = exp(a[j+1] + ... + a[i]) for j <= i, else 0.
+    """The 1-semiseparable mask L (section 3; exp(segsum) in Listing 1): L[i, j] = exp(a[j+1] + ... + a[i]), j <= i.
 
-    a: (..., q), not positive; L: (..., q, q).
+    a: (..., q), not positive; L: (..., q, q), 0 above the diagonal.
     """
     sums = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)  # without differences, which would cancel
     return sums.exp().tril()
@@ -201,7 +201,7 @@ def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
     chunk_size: int = 64, *, D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The chunked form (the block decomposition of section 6, Listing 1): matrix products alone, linear in l.
+    """The chunked form (the block decomposition of section 6, Listing 1): matrix products, linear in l.
 
     Within a chunk of q steps the quadratic form, across chunks the recurrence. Per head
 
@@ -211,7 +211,7 @@ def ssd(
     (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n) and D: (h,), zero when None. Returns y
     (b, l, h, p) and the final state (b, h, p, n). Raises ValueError for arguments that don't fit.
 
-    A few chunks are worked on side by side: on a CPU those that stay in its cache, else as many as 2^26 elements hold.
+    It works on segments of some chunks: on a CPU as many as stay in its cache, else as 2^26 elements hold.
     """
     if x.ndim != 4 or B.ndim != 4:
         raise ValueError(f"x (b, l, h, p) and B (b, l, g, n) must have 4 dimensions, got {x.ndim} and {B.ndim}")
@@ -223,19 +223,20 @@ def ssd(
     if h % g or chunk_size < 1:
         raise ValueError(f"B's groups must divide x's heads, chunk_size be positive, got {g}, {h} and {chunk_size}")
     x, A, B, C = (v.to(dt.dtype) for v in (x, A, B, C))
-    state, q = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dt.dtype), min(chunk_size, l)
+    state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dt.dtype)
     with _full_precision(x):
         if l <= 1:
             y, state = ssd_recurrence(x, dt, A, B, C, state)
         else:
+            q = min(chunk_size, l)
             budget = 2**19 if x.device.type == "cpu" and not torch.compiler.is_compiling() else 2**26
             steps = q * max(1, budget // max(1, b * h * max(q * q, q * p, p * n)))
-            state, ys = rearrange(state, "b (g k) p n -> b g n (k p)", g=g), []  # a group's heads share products
+            state, ys = rearrange(state, "b (g k) p n -> b g n (k p)", g=g), []  # k = h / g heads share products
             for segment in zip(*(v.split(steps, dim=1) for v in (x * dt[..., None], dt * A, B, C)), strict=True):
                 y, state = _ssd_segment(*segment, state, q)
                 ys.append(y)
             y, state = torch.cat(ys, dim=1), rearrange(state, "b g n (k p) -> b (g k) p n", p=p)
-    return y if D is None else torch.addcmul(y, x, D.to(x.dtype)[:, None]), state
+    return (y if D is None else torch.addcmul(y, x, D.to(x.dtype)[:, None])), state
 
 
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
@@ -245,7 +246,7 @@ def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def _ssd_segment(dtx: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor, q: int) -> tuple[Tensor, Tensor]:
-    """Listing 1 on chunks side by side: dtx = dt x (b, l, h, p), a = dt A (b, l, h) and a state (b, g, n, e/g)."""
+    """Listing 1 on chunks side by side: dt x (b, l, h, p), dt A (b, l, h), state (b, g, n, k p) to y and the next."""
     (_, l, _, p), g = dtx.shape, B.shape[2]
     if l % q:  # steps with a = dtx = 0 change nothing
         dtx, B, C = (F.pad(v, (0, 0, 0, 0, 0, -l % q)) for v in (dtx, B, C))
@@ -258,11 +259,11 @@ def _ssd_segment(dtx: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor, q:
     scores = rearrange(L, "b c (g k) i j -> b c g k i j", g=g) * (C @ B.mT)[:, :, :, None]
     y = scores.flatten(2, 3) @ dtx.transpose(2, 3)  # (b, c, h, q, p)
 
-    # 2. The state that each chunk's own inputs leave at its end.
+    # 2. The state that each chunk's own inputs leave at its end (right factor of the off-diagonal blocks).
     to_end = rearrange(L[..., -1, :], "b c h q -> b c q h 1")
     left = B.mT @ rearrange(dtx * to_end, "b c q (g k) p -> b c g q (k p)", g=g)  # (b, c, g, n, e/g)
 
-    # 3. The state at the start of each chunk: a recurrence across chunks.
+    # 3. The state at the start of each chunk: a recurrence across chunks (middle factor).
     from_start = a.cumsum(-1).exp()  # (b, c, h, q)
     decay = rearrange(from_start[..., -1:].expand(*a.shape[:-1], p), "b c (g k) p -> b c g 1 (k p)", g=g)
     starts = []
@@ -270,7 +271,7 @@ def _ssd_segment(dtx: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor, q:
         starts.append(state)
         state = torch.addcmul(left_c, decay_c, state)  # (b, g, n, e/g)
 
-    # 4. The output from the state at the start of the chunk (off-diagonal blocks).
+    # 4. The output from the state at the start of the chunk (left factor).
     carried = rearrange(C @ torch.stack(starts, 1), "b c g q (k p) -> b c q (g k) p", p=p)
     y = torch.addcmul(y.transpose(2, 3), carried, from_start.mT[..., None])  # (b, c, q, h, p)
     return y.flatten(1, 2)[:, :l], state
@@ -350,8 +351,9 @@ class Mamba2Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(h))
         self.norm = GatedRMSNorm(e, config.ngroups, config.norm_epsilon)
         self.out_proj = nn.Linear(e, config.d_model, bias=config.bias)
-        for bias in (linear.bias for linear in (self.in_proj, self.out_proj) if config.bias):
-            nn.init.zeros_(bias)
+        if config.bias:
+            nn.init.zeros_(self.in_proj.bias)
+            nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
         """(b, l, d_model) to the same shape, for any l.
@@ -362,7 +364,7 @@ class Mamba2Mixer(nn.Module):
         config = self.config
         _check_vectors(x, config.d_model)
         e, g, n = config.d_inner, config.ngroups, config.d_state
-        z, xBC, dt = self.in_proj(x).split([e, config.conv_dim, config.nheads], dim=-1)
+        z, xBC, dt = self.in_proj(x).split([e, config.conv_dim, config.nheads], dim=-1)  # all at once (section 7)
         xBC = F.silu(self.conv1d(xBC, state, lengths)).to(x.dtype)  # (b, l, e + 2 g n)
         u, B, C = xBC.split([e, g * n, g * n], dim=-1)
         u, B, C = u.unflatten(-1, (-1, config.headdim)), B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
@@ -408,7 +410,7 @@ class Mamba2Block(nn.Module):
 
 
 class Mamba2PreTrained(nn.Module):
-    """What all models have: a config, checkpoints, and words about parameters and caches."""
+    """What all models have: a config, checkpoints, and methods about parameters and caches."""
 
     config: Mamba2Config
 
@@ -438,7 +440,7 @@ class Mamba2PreTrained(nn.Module):
         self.config.gradient_checkpointing = True
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms."""
+        """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms, if any."""
         ending = re.compile(r"(A_log|\bD|dt_bias|dt_proj\.bias|norm\w*\.weight)$")
         return {name for name, _ in self.named_parameters() if ending.search(name)}
 
@@ -485,7 +487,7 @@ class Mamba2Encoder(Mamba2PreTrained):
             states = [LayerState(*stored.get(i, ())) for i in all_layers]
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, state in zip(self.layers, states, strict=True):
-            if recompute and state is None:  # a state would hold its new tensors by then
+            if recompute and state is None:  # once more a layer would start from the state that it has left
                 x = checkpoint(layer, x, None, lengths, use_reentrant=False)
             else:
                 x = layer(x, state, lengths)
@@ -557,7 +559,7 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         if labels is not None:
             _check_labels(labels, input_ids.shape[:2], self.config.padded_vocab_size)
         hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
-        logits = self.get_output_embeddings()(hidden[:, -num_last_tokens:])
+        logits = self.get_output_embeddings()(hidden[:, -num_last_tokens:])  # -0: all
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if labels is None else {"loss": _loss(logits, labels, attention_mask), "logits": logits}
 
@@ -1009,8 +1011,9 @@ def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Map
     names = {key.removeprefix("backbone."): key for key in model.state_dict()}
     wanted = {key: model.get_parameter(name).shape for key, name in names.items()}
     if not HEADS & tensors.keys() & wanted.keys() and hasattr(model, "classifier"):  # the weights of a language model
-        new = torch.zeros(1 + config.d_model, config.num_labels, dtype=tensors["norm_f.weight"].dtype)
-        tensors |= {"classifier.bias": new[0], "classifier.weight": new[1:].mT.normal_(std=config.initializer_range)}
+        zeros = tensors["norm_f.weight"].new_zeros
+        tensors["classifier.bias"] = zeros(config.num_labels)
+        tensors["classifier.weight"] = zeros(config.num_labels, config.d_model).normal_(std=config.initializer_range)
     tensors = {key: tensor for key, tensor in tensors.items() if key in wanted or key not in HEADS}
     _check_tensors(f"the tensors of {str(name)!r}", wanted, tensors)
     if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:

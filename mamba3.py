@@ -1,9 +1,10 @@
 """Mamba-3 in one file: trapezoidal discretisation, a rotating state, MIMO; its language model and generation.
 
 "Mamba-3: Improved Sequence Modeling using State Space Principles" (2026), arXiv:2603.15569; "the paper" below. Mamba-3
-changes three things in Mamba-2. The input enters by a trapezoidal rule, half of it one step late, which replaces the
-short convolution. B and C are rotated by an angle that grows with the input, as if the state were complex, so that the
-model can count modulo something. And a head may read and write its state through several ranks at once (MIMO).
+changes three things in Mamba-2. The input enters by a trapezoidal rule: a share of it, selected by the input, one step
+late; with biases on B and C that replaces the short convolution. B and C are rotated by an angle that grows with the
+input, as if the state were complex, so that the model can count modulo something. And a head may read and write its
+state through several ranks at once (MIMO).
 
 Copy this file into your project. It needs torch and einops; checkpoints also need safetensors and huggingface_hub,
 which come with transformers.
@@ -23,16 +24,17 @@ Glossary
     g                                       ngroups: the heads of a group share B and C, but for bias and rotation
     r           R                           rank: mimo_rank, or 1 (SISO)
     s                                       number of rotated pairs among the n entries of B and C
-    x, v        x       (b, h, l, r, p)     input; v is x scaled for each rank
+    c, t                                    chunks side by side, and the steps in one
+    x, v        x       (b, h, l, r, p)     input (with 1 for r), and x scaled for each rank
     k, q        B, C    (b, h, l, r, n)     normed, biased and rotated B and C: keys and queries of the attention form
     state       h       (b, h, p, n)        the state, `ssm_state` in a LayerState
     dt          Delta   (b, h, l)           step size
     A           A       (b, h, l)           decay rate, negative, selected by the input
     alpha               (b, h, l)           exp(dt A), the decay of a step
     lam         lambda  (b, h, l)           share of the trapezoid's right end; 1 is Euler's rule
-    beta, gamma                             (1 - lam) dt alpha and lam dt: weights of the last input and of this one
+    beta, gamma         (b, h, l)           (1 - lam) dt alpha and lam dt, the weights of the last input and of this one
     phi                 (b, h, l, s)        angle in turns (1 is 2 pi)
-    z                   (b, h, l, r, p)     gate
+    z                   (b, h, l, 1, p)     gate
 """
 
 import argparse
@@ -76,14 +78,14 @@ class Mamba3Config:
     ngroups: int = 1  # heads of a group share B and C
     is_mimo: bool = False
     mimo_rank: int = 4
-    rope_fraction: float = 0.5  # of the state is rotated: 0.5 or 1.0
+    rope_fraction: float = 0.5  # of the state is rotated; published models have 0.5 or 1.0
     is_outproj_norm: bool = False  # an RMS norm of each head before the gate
-    chunk_size: int = 64  # steps; changes the work and not the result. Best with 64 / mimo_rank
+    chunk_size: int = 64  # steps; changes the work and not the result. With MIMO, 64 / mimo_rank is best
     dt_min: float = 0.001  # dt starts log-uniform in [dt_min, dt_max], but at least dt_init_floor
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
     A_floor: float = 1e-4  # -A is at least this
-    A_activation: Literal["heavy_tail", "softplus"] = "heavy_tail"  # the latter is official code's until June 2026
+    A_activation: Literal["heavy_tail", "softplus"] = "heavy_tail"  # softplus: official until June 2026
     norm_epsilon: float = 1e-5
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
@@ -92,7 +94,7 @@ class Mamba3Config:
     eos_token_id: int | list | tuple | None = None  # where `generate` ends
     pad_token_id: int | None = None
     gradient_checkpointing: bool = False  # recompute each block in the backward pass
-    num_labels: int = 2  # the classifier's fields: these three
+    num_labels: int = 2  # the classifier's, as the next two
     pooling_strategy: Literal["last", "mean", "max"] = "last"
     dropout: float = 0.1
 
@@ -153,7 +155,8 @@ class Mamba3Config:
 def trapezoid_recurrence(
     v: Tensor, dt: Tensor, lam: Tensor, A: Tensor, k: Tensor, q: Tensor, state: Tensor, last: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The definition, one step after the other: decay, the last input, this input (the trapezoidal rule), output.
+    """The definition, one step after the other. By the trapezoidal rule a step takes in dt times a mean of the input at
+    its two ends, weighted by 1 - lam and lam, the earlier one decayed.
 
     Arguments and results are those of `trapezoid_scan`, which computes the same numbers fast, for any l.
     """
@@ -172,7 +175,7 @@ def trapezoid_recurrence(
 def decay_matrix(a: Tensor) -> Tensor:
     """The 1-semiseparable mask L of Mamba-2: L[i, j] = exp(a[j+1] + ... + a[i]) for j <= i, else 0.
 
-    a: (..., q), not positive; L: (..., q, q).
+    a: (..., t), not positive; L: (..., t, t).
     """
     sums = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)  # without differences, which would cancel
     return sums.exp().tril()
@@ -187,20 +190,20 @@ def trapezoid_scan(
         state_t = alpha_t state_{t-1} + beta_t v_{t-1} k_{t-1}^T + gamma_t v_t k_t^T        y_t = q_t state_t^T
 
     v: (b, h, l, r, p), l > 0; dt, lam, A: (b, h, l); k, q: (b, h, l, r, n); state: (b, h, p, n); last: (b, h, p, n),
-    v k^T of the step before. Products of v, k and q are summed over ranks. Returns y (b, h, l, r, p) and the state.
+    v k^T of the step before. v k^T is summed over ranks, y has a row for each. Returns y (b, h, l, r, p) and the state.
 
     Input i reaches its own output by gamma_i, and later ones by beta_{i+1} as well: in all by the weight
     w_i = gamma_i + (1 - lam_{i+1}) dt_{i+1}, since beta has the decay of step i + 1 in it.
     """
-    l, r, c = v.shape[2], v.shape[3], min(chunk_size, v.shape[2])
+    l, r, t = v.shape[2], v.shape[3], min(chunk_size, v.shape[2])
     late, gamma, a = (1 - lam) * dt, lam * dt, dt * A
-    state = state + late[:, :, 0, None, None] * last
+    state = state + late[:, :, 0, None, None] * last  # which lacked it
     w = gamma + F.pad(late[:, :, 1:], (0, 1))  # the next call adds what the last input still lacks
-    if l % c:  # steps with v = k = w = a = 0 change nothing
-        v, k, q = (F.pad(x, (0, 0, 0, 0, 0, -l % c)) for x in (v, k, q))
-        a, w, gamma = (F.pad(x, (0, -l % c)) for x in (a, w, gamma))
-    v, k, q = (rearrange(x, "b h (c t) r n -> b h c (t r) n", t=c) for x in (v, k, q))
-    a, w, gamma = (x.unflatten(2, (-1, c)) for x in (a, w, gamma))  # (b, h, c, t)
+    if l % t:  # steps with v = k = w = a = 0 change nothing
+        v, k, q = (F.pad(x, (0, 0, 0, 0, 0, -l % t)) for x in (v, k, q))
+        a, w, gamma = (F.pad(x, (0, -l % t)) for x in (a, w, gamma))
+    v, k, q = (rearrange(x, "b h (c t) r n -> b h c (t r) n", t=t) for x in (v, k, q))
+    a, w, gamma = (x.unflatten(2, (-1, t)) for x in (a, w, gamma))  # (b, h, c, t)
     L = decay_matrix(a)  # (b, h, c, t, t)
 
     # 1. The output of each chunk from its own inputs: attention with the mask L, weighted; each rank sees all others.
@@ -240,8 +243,8 @@ class LayerState:
     A layer replaces the tensors by new ones and never writes to them: they may be kept, shared, expanded, or learned.
     """
 
-    angle: Tensor | None = None  # (b, h, s), phi in turns; all are float32 at least
-    ssm_state: Tensor | None = None  # (b, h, p, n)
+    angle: Tensor | None = None  # (b, h, s), phi in turns; all four are float32 at least
+    ssm_state: Tensor | None = None  # (b, h, p, n), the n in `rotate`'s order, as in key
     key: Tensor | None = None  # (b, r, h, n), k of the last step
     value: Tensor | None = None  # (b, h, p), x of the last step
 
@@ -250,7 +253,7 @@ class LayerState:
 
 
 def cumsum_modulo_1(x: Tensor) -> Tensor:
-    """Sums over the last dimension modulo 1, as exact in float32 after a million steps as after a few."""
+    """Sums over the last dimension modulo 1; the error in float32 doesn't grow with the sums, but for a constant x."""
     l = x.shape[-1]
     if l <= 64:
         return x.cumsum(-1) % 1
@@ -262,7 +265,8 @@ def cumsum_modulo_1(x: Tensor) -> Tensor:
 def rotate(v: Tensor, phi: Tensor) -> Tensor:
     """Turn pairs of entries of v (..., n) by phi (..., s) turns: (a, c) to (a cos - c sin, a sin + c cos).
 
-    The first half of v holds the a's and the second the c's; the pairs from s on stay as they are.
+    The first half of v holds the a's and the second the c's; the pairs from s on stay as they are. Products of k and q
+    turned so see only differences of phi, as if the state turned from step to step (RoPE with selected angles).
     """
     s = phi.shape[-1]
     (a, a_rest), (c, c_rest) = (half.tensor_split([s], dim=-1) for half in v.chunk(2, dim=-1))
@@ -318,7 +322,7 @@ class Mamba3Mixer(nn.Module):
             if tensor is not None and tensor.shape != (shape := getattr(now, name).shape):
                 raise ValueError(f"the state's {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
             setattr(now, name, getattr(now, name) if tensor is None else tensor.to(getattr(now, name).dtype))
-        # As many chunks at a time as stay in a CPU's cache, from projection to projection; else as 2^26 elements hold.
+        # Some chunks at a time: on a CPU as many as stay in its cache, else as 2^26 elements hold.
         chunk, n = max(1, min(config.chunk_size, l)), config.d_state
         largest = b * config.nheads * max((chunk * r) ** 2, chunk * r * n, config.headdim * n)
         in_cache = x.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -332,41 +336,41 @@ class Mamba3Mixer(nn.Module):
         return self.out_proj(torch.cat(ys, dim=1).to(x.dtype))
 
     def _mix(self, projected: Tensor, state: LayerState, lengths: Tensor | None) -> Tensor:
-        """What lies between the projections, (b, l, sum of sizes) to (b, l, e), going on from a state that is full."""
-        config, s, h = self.config, state.angle.dtype, self.config.nheads
-        z, x, B, C, dt, A, lam, theta = projected.to(s).split(self.sizes, dim=-1)
+        """What lies between the projections, (b, l, sum of sizes) to (b, l, e); updates a state in which nothing is None."""
+        config, h = self.config, self.config.nheads
+        z, x, B, C, dt, A, lam, theta = projected.to(state.angle.dtype).split(self.sizes, dim=-1)
         dt = F.softplus(dt + self.dt_bias).mT  # (b, h, l)
         if lengths is not None:
             dt = dt.masked_fill(_padded(x.shape[1], lengths)[:, None], 0)  # dt = 0 leaves the state alone
         lam, A = torch.sigmoid(lam).mT, A.mT
         rate = F.softplus(A) if config.A_activation == "softplus" else torch.where(A > 0, 1 + A, 1 / (1 + A.abs()))
         A = -rate.clamp(min=config.A_floor)
-        turns = cumsum_modulo_1(torch.tanh(theta).mT[:, None] * dt[:, :, None] / 2)  # (b, h, s, l)
+        turns = cumsum_modulo_1(torch.tanh(theta).mT[:, None] * dt[:, :, None] / 2)  # pi tanh(theta) dt, as turns
         phi = ((state.angle[..., None] + turns) % 1).mT  # (b, h, l, s)
 
-        k, q = self._key(B, self.B_norm, self.B_bias, phi), self._key(C, self.C_norm, self.C_bias, phi)
+        k, q = self._rotated(B, self.B_norm, self.B_bias, phi), self._rotated(C, self.C_norm, self.C_bias, phi)
         x, z = (rearrange(v, "b l (h p) -> b h l 1 p", h=h) for v in (x, z))
         v, before = x, state.value[:, :, None]  # (b, h, l, r, p) and (b, h, r, p)
         if config.is_mimo:
             v, before, z = x * self.mimo_x[:, None], before * self.mimo_x, z * self.mimo_z[:, None]
         last = before.mT @ state.key.transpose(1, 2)  # (b, h, p, n)
-        parts = (v, dt, lam, A, k, q, state.ssm_state, last)
-        y, after = trapezoid_recurrence(*parts) if x.shape[2] <= 1 else trapezoid_scan(*parts, config.chunk_size)
+        inputs = (v, dt, lam, A, k, q, state.ssm_state, last)
+        y, after = trapezoid_recurrence(*inputs) if x.shape[2] <= 1 else trapezoid_scan(*inputs, config.chunk_size)
         state.angle = _last(phi, lengths, state.angle)
         state.key = _last(k, lengths, state.key.transpose(1, 2)).transpose(1, 2)
         state.value, state.ssm_state = _last(x[:, :, :, 0], lengths, state.value), after
 
-        y = torch.addcmul(y, v, self.D.to(s)[:, None, None, None])
+        y = torch.addcmul(y, v, self.D.to(y.dtype)[:, None, None, None])
         y = self.norm(y) if config.is_outproj_norm else y
         y = y * F.silu(z)
         y = (y * self.mimo_o[:, None]).sum(3) if config.is_mimo else y.squeeze(3)
         return rearrange(y, "b h l p -> b l (h p)")
 
-    def _key(self, B: Tensor, norm: nn.Module, bias: Tensor, phi: Tensor) -> Tensor:
+    def _rotated(self, B: Tensor, norm: nn.Module, bias: Tensor, phi: Tensor) -> Tensor:
         """B or C (b, l, r g n), normed, shared by the heads of a group, biased and rotated: (b, h, l, r, n)."""
         config = self.config
         B = norm(rearrange(B, "b l (r g n) -> b g l r n", r=config.rank, n=config.d_state))
-        if not config.is_mimo:  # there neighbours are a pair; with MIMO, entries half of the state apart
+        if not config.is_mimo:  # SISO's weights pair neighbours, MIMO's entries n / 2 apart, as `rotate` does
             B, bias = (rearrange(v, "... (j two) -> ... (two j)", two=2) for v in (B, bias))
         bias = rearrange(bias, "(g k) r n -> g k 1 r n", g=config.ngroups)
         return rotate((B[:, :, None] + bias).flatten(1, 2), phi[..., None, :])
@@ -429,7 +433,7 @@ class Mamba3Block(nn.Module):
 
 
 class Mamba3PreTrained(nn.Module):
-    """What all models have: a config, checkpoints, and words about parameters and caches."""
+    """What all models have: a config, checkpoints, and methods about parameters and caches."""
 
     config: Mamba3Config
 
@@ -465,7 +469,7 @@ class Mamba3PreTrained(nn.Module):
         self.config.gradient_checkpointing = True
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms."""
+        """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms, if any."""
         ending = re.compile(r"(A_log|\bD|dt_bias|dt_proj\.bias|norm\w*\.weight)$")
         return {name for name, _ in self.named_parameters() if ending.search(name)}
 
@@ -513,7 +517,7 @@ class Mamba3Encoder(Mamba3PreTrained):
             states = [LayerState(*stored.get(i, ())) for i in all_layers]
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, state in zip(self.layers, states, strict=True):
-            if recompute and state is None:  # a state would hold its new tensors by then
+            if recompute and state is None:  # once more a layer would start from the state that it has left
                 x = checkpoint(layer, x, None, lengths, use_reentrant=False)
             else:
                 x = layer(x, state, lengths)
@@ -585,7 +589,7 @@ class Mamba3ForCausalLM(Mamba3PreTrained):
         if labels is not None:
             _check_labels(labels, input_ids.shape[:2], self.config.padded_vocab_size)
         hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
-        logits = self.get_output_embeddings()(hidden[:, -num_last_tokens:])
+        logits = self.get_output_embeddings()(hidden[:, -num_last_tokens:])  # -0: all
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if labels is None else {"loss": _loss(logits, labels, attention_mask), "logits": logits}
 
@@ -1005,8 +1009,9 @@ def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Map
     names = {key.removeprefix("backbone."): key for key in model.state_dict()}
     wanted = {key: model.get_parameter(name).shape for key, name in names.items()}
     if not HEADS & tensors.keys() & wanted.keys() and hasattr(model, "classifier"):  # the weights of a language model
-        new = torch.zeros(1 + config.d_model, config.num_labels, dtype=tensors["norm_f.weight"].dtype)
-        tensors |= {"classifier.bias": new[0], "classifier.weight": new[1:].mT.normal_(std=config.initializer_range)}
+        zeros = tensors["norm_f.weight"].new_zeros
+        tensors["classifier.bias"] = zeros(config.num_labels)
+        tensors["classifier.weight"] = zeros(config.num_labels, config.d_model).normal_(std=config.initializer_range)
     tensors = {key: tensor for key, tensor in tensors.items() if key in wanted or key not in HEADS}
     _check_tensors(f"the tensors of {str(name)!r}", wanted, tensors)
     if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:
