@@ -336,7 +336,7 @@ class Mamba3Mixer(nn.Module):
         return self.out_proj(torch.cat(ys, dim=1).to(x.dtype))
 
     def _mix(self, projected: Tensor, state: LayerState, lengths: Tensor | None) -> Tensor:
-        """What lies between the projections, (b, l, sum of sizes) to (b, l, e); updates a state in which nothing is None."""
+        """What lies between the projections, to (b, l, e); updates a state in which nothing is None."""
         config, h = self.config, self.config.nheads
         z, x, B, C, dt, A, lam, theta = projected.to(state.angle.dtype).split(self.sizes, dim=-1)
         dt = F.softplus(dt + self.dt_bias).mT  # (b, h, l)
