@@ -208,8 +208,8 @@ def trapezoid_scan(
 
     # 1. The output of each chunk from its own inputs: attention with the mask L, weighted; each rank sees all others.
     mask = L.tril(-1) * w[..., None, :] + torch.diag_embed(gamma)
-    mask = mask.repeat_interleave(r, -1).repeat_interleave(r, -2) if r > 1 else mask
-    y = (mask * (q @ k.mT)) @ v  # (b, h, c, t r, p)
+    scores = rearrange(q @ k.mT, "b h c (i r) (j s) -> b h c i r j s", r=r, s=r) * mask[..., :, None, :, None]
+    y = rearrange(scores, "b h c i r j s -> b h c (i r) (j s)") @ v  # (b, h, c, t r, p)
 
     # 2. The state that each chunk's own inputs leave at its end.
     to_end = (L[..., -1, :] * w).repeat_interleave(r, -1)[..., None]
