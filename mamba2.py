@@ -194,7 +194,13 @@ def decay_matrix(a: Tensor) -> Tensor:
     a: (..., q), not positive; L: (..., q, q), 0 above the diagonal.
     """
     sums = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)  # without differences, which would cancel
-    return sums.exp().tril()
+    return _exp(sums).tril()
+
+
+def _exp(sums: Tensor) -> Tensor:
+    """exp, but 0 where the result would come near the smallest normal number: CPUs are slow with those below it."""
+    lowest = 0.75 * math.log(torch.finfo(sums.dtype).tiny)
+    return sums.masked_fill(sums < lowest, -math.inf).exp()
 
 
 def ssd(
@@ -264,7 +270,7 @@ def _ssd_segment(dtx: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor, q:
     left = B.mT @ rearrange(dtx * to_end, "b c q (g k) p -> b c g q (k p)", g=g)  # (b, c, g, n, e/g)
 
     # 3. The state at the start of each chunk: a recurrence across chunks (middle factor).
-    from_start = a.cumsum(-1).exp()  # (b, c, h, q)
+    from_start = _exp(a.cumsum(-1))  # (b, c, h, q)
     decay = rearrange(from_start[..., -1:].expand(*a.shape[:-1], p), "b c (g k) p -> b c g 1 (k p)", g=g)
     starts = []
     for left_c, decay_c in zip(left.unbind(1), decay.unbind(1), strict=True):
