@@ -33,6 +33,7 @@ Glossary
 
 import argparse
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -43,7 +44,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin
@@ -107,9 +108,8 @@ class MambaConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         known = [f.name for f in fields(cls)]
-        for name, value in values.items():
-            if name not in known:
-                raise ValueError(f"unknown config field {name!r} = {value!r}; allowed are {', '.join(known)}")
+        unknown = {name: value for name, value in values.items() if name not in known}
+        _require(not unknown, f"unknown config fields {unknown}; allowed are {', '.join(known)}")
         return cls(**values)
 
     def to_json_string(self) -> str:
@@ -146,25 +146,28 @@ def selective_scan_recurrence(
 
 def selective_scan(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None, *,
-    D: Tensor | None = None, z: Tensor | None = None, pieces: int | None = None,
+    D: Tensor | None = None, z: Tensor | None = None, starts: Tensor | None = None, pieces: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The selective scan (Algorithm 2), each channel of the inner width e with its own state of size n:
 
         h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t        y_t = (C_t . h_t + D u_t) SiLU(z_t)
 
     u, dt: (b, l, e), dt not negative, its type is that of the computation; A: (e, n), negative; B, C: (b, l, n);
-    initial_state: (b, e, n) and D: (e,), zero when None; z: (b, l, e), no gate when None. Returns y (b, l, e) and the
-    final state (b, e, n). Differentiable once, in reverse mode. Raises ValueError for arguments that don't fit.
+    initial_state: (b, e, n) and D: (e,), zero when None; z: (b, l, e), no gate when None; starts: (b, l), true where
+    the state before is forgotten. Returns y (b, l, e) and the final state (b, e, n). Differentiable once, in reverse
+    mode. Raises ValueError for arguments that don't fit.
 
     pieces: how many parts of a sequence are scanned side by side, for GPUs, where a step is a small kernel that keeps
     few cores busy. It changes the work and not the result; None chooses by the sizes and the device.
     """
+    _check("u", u, "b", "l", "e")
     (b, l, e), n = u.shape, A.shape[-1]
-    shapes = {"u": (b, l, e), "A": (e, n), "B": (b, l, n), "C": (b, l, n), "D": (e,), "initial_state": (b, e, n)}
-    given = {"u": u, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "initial_state": initial_state}
-    for name, v in given.items():
-        if v is not None and (v.shape != (shape := shapes.get(name, (b, l, e))) or not v.is_floating_point()):
-            raise ValueError(f"{name} must be real, of shape {shape}, got {v.dtype} of shape {tuple(v.shape)}")
+    for name, v, *shape in (
+        ("dt", dt, b, l, e), ("A", A, e, n), ("B", B, b, l, n), ("C", C, b, l, n),
+        ("initial_state", initial_state, b, e, n), ("D", D, e), ("z", z, b, l, e),
+    ):  # fmt: skip
+        _check(name, v, *shape)
+    _check("starts", starts, b, l, kind="integer")
     u, A, B, C = (v.to(dt.dtype) for v in (u, A, B, C))
     h = dt.new_zeros(b, e, n) if initial_state is None else initial_state.to(dt.dtype)
     if pieces is not None and pieces < 1:
@@ -173,12 +176,12 @@ def selective_scan(
         most = 1 if u.device.type == "cpu" else min(math.isqrt(int(l)), 2**21 // max(1, b * e * n))
         pieces = most if most > 2 else 1
     with _full_precision(u):
-        if l <= 1:
+        if l == 0 or (l == 1 and starts is None):
             y, h = selective_scan_recurrence(u, dt, A, B, C, h)
         elif pieces == 1:
-            y, h, _ = _Scan.apply(u, dt, A, B, C, h)
+            y, h, _ = _Scan.apply(u, dt, A, B, C, h, starts)
         else:
-            y, h = _scan_in_pieces(u, dt, A, B, C, h, pieces)
+            y, h = _scan_in_pieces(u, dt, A, B, C, h, starts, pieces)
     y = y if D is None else torch.addcmul(y, u, D)
     return (y if z is None else y * F.silu(z)), h
 
@@ -208,11 +211,14 @@ def _blocks(h: Tensor, l: int) -> tuple[list[tuple[slice, slice]], Tensor]:
     return blocks, h.new_empty(3, BLOCK + 1, r, n, e)
 
 
-def _block_states(space: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+def _block_states(
+    space: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, h0: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Of a block, u and dt (t, r, e): the decays (t, r, n, e) and the states before and after (t + 1, r, n, e)."""
     t, r = u.shape[:2]
     decay, h = space[0, :t, :r], space[1, : t + 1, :r]
-    torch.mul(dt[..., None, :], A * LOG2_E, out=decay).exp2_()
+    steps = dt if starts is None else dt.masked_fill(starts.mT[..., None], torch.finfo(dt.dtype).max)  # a decay of 0
+    torch.mul(steps[..., None, :], A * LOG2_E, out=decay).exp2_()
     torch.mul((dt * u)[..., None, :], B[..., None], out=h[1:])
     h[0] = h0
     for before, after, d in zip(h[:-1].unbind(0), h[1:].unbind(0), decay.unbind(0), strict=True):
@@ -221,7 +227,9 @@ def _block_states(space: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, h0
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::selective_scan", mutates_args=())
-def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """y (b, l, e), the final state (b, n, e) and the states before each block (blocks, b, n, e), given A (n, e)."""
     l = u.shape[1]
     y, h, borders = torch.empty_like(u), h0.clone(), h0.new_empty(-(-l // BLOCK), *h0.shape)
@@ -229,7 +237,7 @@ def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) ->
     for rows, steps in blocks:
         borders[steps.start // BLOCK, rows] = h[rows]
         u_i, dt_i, B_i, C_i = (v[rows, steps].transpose(0, 1) for v in (u, dt, B, C))  # (t, r, e) or (t, r, n)
-        _, states = _block_states(space, u_i, dt_i, A, B_i, h[rows])
+        _, states = _block_states(space, u_i, dt_i, A, B_i, h[rows], None if starts is None else starts[rows, steps])
         y[rows, steps] = (C_i[..., None, :] @ states[1:]).squeeze(-2).transpose(0, 1)
         h[rows] = states[-1]
     return y, h, borders
@@ -237,8 +245,9 @@ def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) ->
 
 @torch.library.custom_op(f"{_NAMESPACE}::selective_scan_backward", mutates_args=())
 def _scan_backward(
-    dy: Tensor, dh: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, borders: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, dh: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, borders: Tensor,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of u, dt, A (n, e), B, C and the first state, from those of y and of the final state (b, n, e).
 
     The states of each block are computed again (section 3.3.2). With g the gradient of h,
@@ -250,7 +259,8 @@ def _scan_backward(
     dA = torch.zeros_like(space[0, 0])  # (r, n, e)
     for rows, steps in reversed(blocks):
         u_i, dt_i, B_i, C_i, dy_i = (v[rows, steps].transpose(0, 1) for v in (u, dt, B, C, dy))
-        decay, h = _block_states(space, u_i, dt_i, A, B_i, borders[steps.start // BLOCK, rows])
+        starts_i = None if starts is None else starts[rows, steps]
+        decay, h = _block_states(space, u_i, dt_i, A, B_i, borders[steps.start // BLOCK, rows], starts_i)
         g = torch.mul(dy_i[..., None, :], C_i[..., None], out=space[2, : len(u_i), : u_i.shape[1]])  # (t, r, n, e)
         g[-1] += dh[rows]
         for i in range(len(g) - 1, 0, -1):
@@ -270,46 +280,53 @@ def _scan_backward(
 
 
 # Shapes for the compiler: outputs are like inputs, and there is a state before each block.
-_scan.register_fake(lambda u, dt, A, B, C, h: (u.clone(), h.clone(), h.new_empty(-(-u.shape[1] // BLOCK), *h.shape)))
-_scan_backward.register_fake(lambda dy, dh, u, dt, A, B, C, _: tuple(v.clone() for v in (u, dt, A, B, C, dh)))
+_scan.register_fake(lambda u, dt, A, B, C, h, _: (u.clone(), h.clone(), h.new_empty(-(-u.shape[1] // BLOCK), *h.shape)))
+_scan_backward.register_fake(lambda dy, dh, u, dt, A, B, C, *_: tuple(v.clone() for v in (u, dt, A, B, C, dh)))
 
 
 class _Scan(torch.autograd.Function):
-    """The operators as a differentiable function: u, dt, A, B, C, h0 (b, e, n) to y, the final state, those to keep."""
+    """The operators as a differentiable function, with states of shape (b, e, n)."""
 
     @staticmethod
-    def forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y, h, borders = _scan(*(v.contiguous() for v in (u, dt, A.mT, B, C, h0.mT)))
+    def forward(
+        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, h, borders = _scan(*(v.contiguous() for v in (u, dt, A.mT, B, C, h0.mT)), starts)
         return y, h.mT.contiguous(), borders
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.save_for_backward(*inputs[:5], output[2])
+        ctx.save_for_backward(*inputs[:5], output[2], inputs[6])
         ctx.mark_non_differentiable(output[2])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dh: Tensor, _: None) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True, torch.func.grad
             raise NotImplementedError("selective_scan has first derivatives in reverse mode alone: use torch.autograd")
-        u, dt, A, B, C, borders = ctx.saved_tensors
+        u, dt, A, B, C, *borders_starts = ctx.saved_tensors
         with _full_precision(u):
             tensors = (v.contiguous() for v in (dy, dh.mT, u, dt, A.mT, B, C))
-            du, ddt, dA, dB, dC, dh = _scan_backward(*tensors, borders)
-        return du, ddt, dA.mT, dB, dC, dh.mT
+            du, ddt, dA, dB, dC, dh = _scan_backward(*tensors, *borders_starts)
+        return du, ddt, dA.mT, dB, dC, dh.mT, None
 
 
-def _scan_in_pieces(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, w: int) -> tuple[Tensor, Tensor]:
+def _scan_in_pieces(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, starts: Tensor | None, w: int
+) -> tuple[Tensor, Tensor]:
     """The scan of w pieces of a sequence as rows: first from zero states, then each from the state that enters it."""
     b, l, _ = u.shape
     rows = (F.pad(v, (0, 0, 0, -l % w)) for v in (u, dt, B, C))  # dt = 0 leaves the state alone
     u, dt, B, C = (rearrange(v, "b (w l) c -> (b w) l c", w=w) for v in rows)
-    _, left, _ = _Scan.apply(u, dt, A, B, C, h.new_zeros(b * w, *A.shape))  # what each piece leaves behind
     decay = torch.exp(dt.sum(1)[..., None] * A)  # of a state on its way through a piece: (b w, e, n)
+    if starts is not None:
+        starts = F.pad(starts, (0, -l % w)).unflatten(1, (w, -1)).flatten(0, 1)
+        decay = decay.masked_fill(starts.any(1)[:, None, None], 0)
+    _, left, _ = _Scan.apply(u, dt, A, B, C, h.new_zeros(b * w, *A.shape), starts)  # what each piece leaves behind
     entering = []
     for left_i, decay_i in zip(left.unflatten(0, (b, w)).unbind(1), decay.unflatten(0, (b, w)).unbind(1), strict=True):
         entering.append(h)
         h = torch.addcmul(left_i, decay_i, h)  # (b, e, n)
-    y, _, _ = _Scan.apply(u, dt, A, B, C, torch.stack(entering, 1).flatten(0, 1))
+    y, _, _ = _Scan.apply(u, dt, A, B, C, torch.stack(entering, 1).flatten(0, 1), starts)
     return rearrange(y, "(b w) l e -> b (w l) e", w=w)[:, :l], h
 
 
@@ -326,9 +343,6 @@ class LayerState:
     conv_state: Tensor | None = None  # (b, channels, d_conv), the last inputs of the convolution, in the weights' type
     ssm_state: Tensor | None = None  # (b, e, n), float32 at least
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(v for v in (self.conv_state, self.ssm_state) if v is not None)
-
 
 class CausalConv1d(nn.Conv1d):
     """A causal depthwise convolution of (b, l, c) that can go on from a state; computed in float32 at least."""
@@ -336,24 +350,36 @@ class CausalConv1d(nn.Conv1d):
     def __init__(self, channels: int, kernel_size: int, bias: bool) -> None:
         super().__init__(channels, channels, kernel_size, groups=channels, bias=bias)
 
-    def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None, starts: Tensor | None = None
+    ) -> Tensor:
         """(b, l, c) to the same shape. `state.conv_state` (b, c, k) holds what came before, and is replaced.
 
         lengths: (b,), how many steps of each row are real; the padding that follows them stays out of the state.
+        starts: (b, l), where a document begins, from which those before stay hidden.
         """
         (b, l, c), k = x.shape, self.kernel_size[0]
         taps = self.weight[:, 0].to(torch.promote_types(self.weight.dtype, torch.float32))  # (c, k)
         before = x.new_zeros(b, c, k) if state is None or state.conv_state is None else state.conv_state
-        if before.shape != (b, c, k):
-            raise ValueError(f"the state's conv_state must have shape {(b, c, k)}, got {tuple(before.shape)}")
+        _check("the state's conv_state", before, b, c, k)
         x = torch.cat([before.mT.to(taps.dtype), x.to(taps.dtype)], dim=1)  # (b, k + l, c)
+        windows = [x[:, i : i + l] for i in range(1, k + 1)]  # what each tap sees
+        if starts is not None:
+            document = F.pad(starts.cumsum(1), (k, 0))  # (b, k + l)
+            others = [document[:, i : i + l] != document[:, k:] for i in range(1, k + 1)]
+            windows = [w.masked_fill(other[..., None], 0) for w, other in zip(windows, others, strict=True)]
         y = x.new_zeros(c) if self.bias is None else self.bias.to(x.dtype)
-        for i in range(k):  # in this layout faster than F.conv1d
-            y = torch.addcmul(y, x[:, i + 1 : i + 1 + l], taps[:, i])
+        y = torch.addcmul(y, windows[0], taps[:, 0])
+        for i in range(1, k):  # in this layout faster than F.conv1d
+            y.addcmul_(windows[i], taps[:, i])
         if state is not None:
             ends = torch.full((b,), l, device=x.device) if lengths is None else lengths
             newest = ends[:, None] + torch.arange(k, device=x.device)  # (b, k): where the last k inputs are
-            state.conv_state = x.gather(1, newest[..., None].expand(b, k, c)).mT.contiguous().to(self.weight.dtype)
+            last = x.take_along_dim(newest[..., None], 1)  # (b, k, c)
+            if starts is not None:
+                document = document.take_along_dim(newest, 1)
+                last = last.masked_fill((document != document[:, -1:])[..., None], 0)
+            state.conv_state = last.mT.contiguous().to(self.weight.dtype)
         return y
 
 
@@ -389,19 +415,23 @@ class MambaMixer(nn.Module):
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> Tensor:
         """(b, l, d_model) to the same shape, for any l.
 
         state: what was read before x; the tensors in it are replaced by new ones. None: nothing, and nothing is kept.
         lengths: (b,), how many steps of each row are real; padding follows them and leaves the state alone.
+        seq_idx: (b, l), integers that change where a new document begins, before which the state is forgotten; the
+            first step goes on with the state's document.
         """
         config, s = self.config, torch.promote_types(self.A_log.dtype, torch.float32)
-        _check_vectors(x, config.d_model)
+        _check("the input", x, "b", "l", config.d_model)
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
-        u = F.silu(self.conv1d(u, state, lengths)).to(x.dtype)  # (b, l, e)
-        dt, B, C = self.x_proj(u).split(
-            [config.dt_rank, config.d_state, config.d_state], dim=-1
-        )  # Algorithm 2, lines 2 to 4: selected by u
+        starts = None if seq_idx is None else _starts(seq_idx, lengths, x.shape[:2])
+        u = F.silu(self.conv1d(u, state, lengths, starts)).to(x.dtype)  # (b, l, e)
+        sizes = [config.dt_rank, config.d_state, config.d_state]
+        dt, B, C = self.x_proj(u).split(sizes, dim=-1)  # Algorithm 2, lines 2 to 4: selected by u
         if config.mixer_rms_eps is not None:  # FalconMamba
             dt, B, C = (F.rms_norm(v.to(s), v.shape[-1:], eps=config.mixer_rms_eps).to(v.dtype) for v in (dt, B, C))
         dt = F.softplus(self.dt_proj(dt))  # (b, l, e), float32 at least
@@ -409,7 +439,7 @@ class MambaMixer(nn.Module):
             dt = dt.masked_fill(_padded(x.shape[1], lengths)[..., None], 0)  # dt = 0 leaves the state alone
         A = -torch.exp(self.A_log.to(s))  # (e, n)
         before = None if state is None else state.ssm_state
-        y, after = selective_scan(u, dt, A, B, C, before, D=self.D, z=z)  # with D u and the gate SiLU(z)
+        y, after = selective_scan(u, dt, A, B, C, before, D=self.D, z=z, starts=starts)  # with D u and the gate SiLU(z)
         if state is not None:
             state.ssm_state = after
         return self.out_proj(y.to(x.dtype))
@@ -440,8 +470,10 @@ class MambaBlock(nn.Module):
         self.norm = RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.mixer = MambaMixer(config)
 
-    def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
-        return x + self.mixer(self.norm(x), state, lengths)
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> Tensor:
+        return x + self.mixer(self.norm(x), state, lengths, seq_idx)
 
 
 class MambaPreTrained(nn.Module):
@@ -455,8 +487,8 @@ class MambaPreTrained(nn.Module):
     ) -> Self:
         """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
 
-        name: a checkpoint in transformers' or state-spaces' format, safetensors or pytorch_model.bin, sharded or not. A
-            classifier may be loaded from a language model's: its last layer then is new.
+        name: a checkpoint in transformers' or state-spaces' format, safetensors or pytorch_model.bin, in shards or not.
+            A language model's gives a classifier, too, with a new last layer.
         device: None means the CPU; dtype: None keeps the stored; hub: revision, token, cache_dir, local_files_only.
         Raises OSError for missing files, ValueError for a model that isn't implemented here and tensors that don't fit.
         """
@@ -500,20 +532,25 @@ class MambaEncoder(MambaPreTrained):
         for layer in self.layers:  # n_layer of them add to the residual stream
             layer.mixer.out_proj.weight.data.div_(math.sqrt(config.n_layer))
 
-    def forward(self, x: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """(b, l, d_model) to the same shape, in the weights' type.
 
         inference_params: a cache, see InferenceParams. The model goes on from the states in it and replaces them, once
             all layers have succeeded; gradients stop there, between two calls.
-        attention_mask: (b, l) of 0 and 1, the tokens of this call; padding on the left or on the right, no holes.
+        attention_mask: (b, l) of 0 and 1, the tokens of this call. Where it is 0 nothing is read.
+        seq_idx: (b, l), integers that change where a new document begins, for documents packed into a row: none sees
+            another. The first token goes on with the document in the cache, which then holds each row's last one.
         """
-        _check_vectors(x, self.config.d_model)
+        _check("the input", x, "b", "l", self.config.d_model)
         dtype = self.norm_f.weight.dtype
         x = x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
-        left, lengths = (None, None) if attention_mask is None else _padding(attention_mask, x.shape[:2])
-        if left is not None:  # the real tokens first, so that only padding on the right remains
-            x = _roll(x, left)
-            x = x.masked_fill(_padded(x.shape[1], lengths)[..., None], 0)
+        order, lengths = (None, None) if attention_mask is None else _real_first(attention_mask, x.shape[:2])
+        if order is not None:
+            x = x.take_along_dim(order[..., None], 1).masked_fill(_padded(x.shape[1], lengths)[..., None], 0)
+            seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
         states = [None] * len(self.layers)
         if inference_params is not None:
             stored, all_layers = inference_params.key_value_memory_dict, range(len(self.layers))
@@ -523,15 +560,16 @@ class MambaEncoder(MambaPreTrained):
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, state in zip(self.layers, states, strict=True):
             if recompute and state is None:  # once more a layer would start from the state that it has left
-                x = checkpoint(layer, x, None, lengths, use_reentrant=False)
+                x = checkpoint(layer, x, None, lengths, seq_idx, use_reentrant=False)
             else:
-                x = layer(x, state, lengths)
+                x = layer(x, state, lengths, seq_idx)
         x = self.norm_f(x)
         if inference_params is not None:
-            stored.update({i: tuple(v.detach() for v in state.tensors()) for i, state in enumerate(states)})
+            for i, state in enumerate(states):
+                stored[i] = tuple(v.detach() for v in vars(state).values() if v is not None)
             if isinstance(inference_params, InferenceParams):
                 inference_params.seqlen_offset += x.shape[1]
-        return x if left is None else _roll(x, -left)
+        return x if order is None else x.take_along_dim(order.argsort(1)[..., None], 1)
 
 
 class Embedding(nn.Embedding):
@@ -542,10 +580,7 @@ class Embedding(nn.Embedding):
 
 
 class MambaModel(MambaEncoder):
-    """The encoder with an embedding: ids (b, l), or embeddings (b, l, d_model), to hidden states (b, l, d_model).
-
-    Where config.vocab_size is None there is no embedding, and the input is vectors.
-    """
+    """The encoder with an embedding, if config.vocab_size isn't None: ids (b, l), or vectors, to (b, l, d_model)."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
@@ -553,14 +588,12 @@ class MambaModel(MambaEncoder):
             self.embeddings = Embedding(config.padded_vocab_size, config.d_model)
             nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
 
-    def forward(
-        self, input_ids: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, inference_params: Any = None, **mask_and_seq_idx: Tensor | None) -> Tensor:
         x = input_ids
         if not x.is_floating_point() and self.config.vocab_size is not None:
-            _check_ids("input_ids", x, self.config.padded_vocab_size, ndim=2)
+            _check_ids("input_ids", x, self.config.padded_vocab_size, "b", "l")
             x = self.embeddings(x)
-        return super().forward(x, inference_params, attention_mask=attention_mask)
+        return super().forward(x, inference_params, **mask_and_seq_idx)
 
 
 class MambaForCausalLM(MambaPreTrained):
@@ -580,23 +613,30 @@ class MambaForCausalLM(MambaPreTrained):
 
     def forward(
         self, input_ids: Tensor, inference_params: Any = None, labels: Tensor | None = None, *,
-        attention_mask: Tensor | None = None, num_last_tokens: int = 0,
+        attention_mask: Tensor | None = None, seq_idx: Tensor | None = None, num_last_tokens: int = 0,
+        loss_only: bool = False,
     ) -> Tensor | dict[str, Tensor]:  # fmt: skip
         """Logits (b, l, padded_vocab_size), float32, from ids (b, l) or embeddings (b, l, d_model).
 
-        inference_params, attention_mask: see the encoder. Any number of tokens a call.
-        labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; padding never does. Then
-            the result is a dict of "loss" (mean cross entropy in nats, float32) and "logits".
+        inference_params, attention_mask, seq_idx: see the encoder. Any number of tokens a call.
+        labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; neither does padding, nor
+            the first token of a document. Then the result is a dict of "loss" (mean cross entropy in nats, float32)
+            and "logits", or with loss_only of "loss" alone: that never holds the logits of all positions.
         num_last_tokens: k > 0 gives the logits of the last k positions alone.
         """
         most = math.inf if labels is None else 0
         _require(0 <= num_last_tokens <= most, f"num_last_tokens must be 0 (all) to {most}, got {num_last_tokens}")
         if labels is not None:
-            _check_labels(labels, input_ids.shape[:2], self.config.padded_vocab_size)
-        hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
-        logits = self.get_output_embeddings()(hidden[:, -num_last_tokens:])  # -0: all
+            labels = _next_labels(labels, attention_mask, seq_idx, input_ids.shape[:2], self.config.padded_vocab_size)
+        hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask, seq_idx=seq_idx)
+        head = self.get_output_embeddings()
+        if loss_only and labels is not None:
+            return {"loss": _loss_in_slices(head, hidden, labels)}
+        logits = head(hidden[:, -num_last_tokens:])  # -0: all
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits if labels is None else {"loss": _loss(logits, labels, attention_mask), "logits": logits}
+        if labels is None:
+            return logits
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
     @torch.no_grad()
     def step(self, token_ids: Tensor, inference_params: Any) -> Tensor:
@@ -623,7 +663,7 @@ class MambaForCausalLM(MambaPreTrained):
             likeliest (None or 0: all) and then of the fewest likeliest that hold `top_p` of the probability.
         eos_token_id: an id or several, None for the config's, () for none. A row that drew one is filled up with the
             first of them and its state stays there; the result is shorter when all rows did.
-        attention_mask: (b, l) of 0 and 1, for prompts padded on the left or on the right.
+        attention_mask: (b, l) of 0 and 1, for prompts of different lengths. Where it is 0 nothing is read.
         use_cache: False reads the whole text anew for every token: the same ids, slowly.
         inference_params: a cache whose text the prompt continues; afterwards it has read all but each row's last token.
         """
@@ -640,39 +680,45 @@ class MambaForCausalLM(MambaPreTrained):
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Module:
         """Give embedding and head rows for vocab_size tokens; rows that are new start as in a new model."""
-        return _resize(self, vocab_size)
+        config = replace(self.config, vocab_size=vocab_size)  # checks it
+        for part in {self.get_input_embeddings(), self.get_output_embeddings()}:
+            old = part.weight.detach()
+            new = old.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
+            new[: len(old)] = old[: len(new)]
+            part.weight = nn.Parameter(new, part.weight.requires_grad)
+            setattr(part, "num_embeddings" if isinstance(part, nn.Embedding) else "out_features", len(new))
+        self.config.vocab_size = vocab_size
+        return self.get_input_embeddings()
 
 
-def _check_vectors(x: Tensor, width: int) -> None:
-    """Raise ValueError unless x is floating point of shape (b, l, width)."""
-    if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
-        allowed = f"floating point of shape (b, l, d_model = {width})"
-        raise ValueError(f"the input must be {allowed}, got {x.dtype} of shape {tuple(x.shape)}")
+def _check(name: str, x: Tensor | None, *shape: int | str, kind: str = "real") -> None:
+    """Raise ValueError unless x is None, or real (or integer) and of this shape; a letter stands for any size."""
+    if x is None:
+        return
+    real = x.is_floating_point()
+    fits = (real if kind == "real" else not real and not x.is_complex()) and x.ndim == len(shape)
+    if not fits or any(type(s) is not str and s != n for s, n in zip(shape, x.shape, strict=True)):
+        wanted = f"({', '.join(map(str, shape))})"
+        raise ValueError(f"{name} must be {kind}, of shape {wanted}, got {x.dtype} of shape {tuple(x.shape)}")
 
 
-def _check_ids(name: str, ids: Tensor, size: int, ndim: int) -> None:
+def _check_ids(name: str, ids: Tensor, size: int, *shape: int | str) -> None:
     """Raise ValueError unless ids are integers in [0, size); compiled code doesn't look at values."""
-    if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != ndim:
-        raise ValueError(f"{name} must be int64 of {ndim} dimensions, got {ids.dtype} of shape {tuple(ids.shape)}")
+    _check(name, ids, *shape, kind="integer")
     if ids.numel() and not ids.is_meta and not torch.compiler.is_compiling():
         low, high = (bound.item() for bound in torch.aminmax(ids))
-        if low < 0 or high >= size:
-            raise ValueError(f"{name} must be in [0, {size}), got {low if low < 0 else high}")
+        _require(low >= 0 and high < size, f"{name} must be in [0, {size}), got {low if low < 0 else high}")
 
 
-def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
-    """How many padding tokens each row begins with, and how many real ones follow, both (b,); None if all are real."""
-    if attention_mask.shape != shape:
-        raise ValueError(f"attention_mask must have shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
-    real, lengths = attention_mask.bool(), attention_mask.bool().sum(1)
-    left = real.int().argmax(1) if shape[1] else lengths
-    if torch.compiler.is_compiling():  # doesn't look at values
-        return left, lengths
-    position = torch.arange(shape[1], device=real.device) - left[:, None]
-    expected = ((position >= 0) & (position < lengths[:, None])).to(attention_mask.dtype)
-    if not torch.equal(attention_mask, expected):
-        raise ValueError("attention_mask must hold 0 and 1, the zeros on the left or on the right, not between ones")
-    return (None, None) if real.all() else (left, lengths)
+def _real_first(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
+    """The positions (b, l) of each row's real tokens, then the others, and how many are real (b,); None if all are."""
+    real = attention_mask.bool()
+    _check("attention_mask", real, *shape, kind="integer")
+    if not torch.compiler.is_compiling():  # compiled code doesn't look at values
+        _require(torch.equal(attention_mask, real.to(attention_mask.dtype)), "attention_mask must hold 0 and 1 alone")
+        if real.all():
+            return None, None
+    return real.int().argsort(dim=1, descending=True, stable=True), real.sum(1)
 
 
 def _padded(l: int, lengths: Tensor) -> Tensor:
@@ -680,28 +726,40 @@ def _padded(l: int, lengths: Tensor) -> Tensor:
     return torch.arange(l, device=lengths.device) >= lengths[:, None]
 
 
-def _roll(x: Tensor, by: Tensor) -> Tensor:
-    """Move each row of (b, l, ...) to the left by its own number of positions (b,), around the end."""
-    index = (torch.arange(x.shape[1], device=x.device) + by[:, None]) % x.shape[1]  # (b, l)
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+def _starts(seq_idx: Tensor, lengths: Tensor | None, shape: torch.Size) -> Tensor:
+    """Where new documents begin, (b, l), if not at the first step; padding belongs to the last one."""
+    _check("seq_idx", seq_idx, *shape, kind="integer")
+    starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : shape[1]]
+    return starts if lengths is None else starts & ~_padded(shape[1], lengths)
 
 
-def _check_labels(labels: Tensor, shape: torch.Size, size: int) -> None:
-    if labels.shape != shape:
-        raise ValueError(f"labels must have shape {tuple(shape)}, got {tuple(labels.shape)}")
-    _check_ids("labels", labels.masked_fill(labels == -100, 0), size, ndim=2)
+def _next_labels(
+    labels: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None, shape: torch.Size, size: int
+) -> Tensor:
+    """What each position predicts, (b, l): the label of the next; -100, which doesn't count, where there is none."""
+    _check_ids("labels", labels.masked_fill(labels == -100, 0), size, *shape)
+    labels = F.pad(labels[:, 1:], (0, 1), value=-100)[:, : shape[1]]
+    if attention_mask is not None:
+        labels = labels.masked_fill(~(attention_mask.bool() & attention_mask.bool().roll(-1, dims=1)), -100)
+    return labels if seq_idx is None else labels.masked_fill(seq_idx != seq_idx.roll(-1, dims=1), -100)
 
 
-def _loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The mean cross entropy of each token given those before it; labels (b, l) may be -100, where none counts."""
-    if attention_mask is not None:  # nor does the token after padding on the left, which nothing predicts
-        labels = labels.masked_fill(~(attention_mask.bool() & attention_mask.bool().roll(1, dims=1)), -100)
-    return F.cross_entropy(rearrange(logits[:, :-1], "b l v -> (b l) v"), labels[:, 1:].flatten())
+def _loss_in_slices(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The loss of hidden states (b, l, d_model), some positions at a time, which the backward pass computes again."""
+
+    def loss(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    slices = zip(hidden.flatten(0, 1).split(LOSS_SLICE), labels.flatten().split(LOSS_SLICE), strict=True)
+    return sum(checkpoint(loss, *some, use_reentrant=False) for some in slices) / (labels != -100).sum()
 
 
 # --------------------------------------------------- 6. Generation ----------------------------------------------------
 
 PROMPT_SEGMENT = 512  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
+LOSS_SLICE = 1024  # positions (of all rows together) whose logits exist at once, where the loss alone is wanted
 States = dict[int, tuple[Tensor, ...]]  # of each layer, by its position: the tensors of its LayerState
 
 
@@ -728,16 +786,13 @@ class InferenceParams:
 
     def clone(self) -> "InferenceParams":
         """A copy: continue one prefix in several ways."""
-        return self._map(torch.clone)
+        return copy.deepcopy(self)
 
     def select(self, rows: Tensor | Sequence[int]) -> "InferenceParams":
         """A copy with these rows of the batch, chosen, repeated or reordered: beams, several answers to one prompt."""
-        rows = torch.as_tensor(rows)
-        return self._map(lambda v: v.index_select(0, rows.to(v.device)))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "InferenceParams":
-        states = {i: tuple(map(function, state)) for i, state in self.key_value_memory_dict.items()}
-        return InferenceParams(states, self.seqlen_offset)
+        layers = self.key_value_memory_dict.items()
+        states = {i: tuple(v[torch.as_tensor(rows, device=v.device)] for v in state) for i, state in layers}
+        return replace(self, key_value_memory_dict=states)
 
     def get_cache_info(self) -> dict[str, float]:
         """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
@@ -757,23 +812,31 @@ def _generate(
     """The new tokens of `generate`, (b,) each: read what is unread, draw a token, and so on."""
     shape, eos = tuple(unread.shape), model.config.eos_token_id if eos_token_id is None else eos_token_id
     _require(len(shape) == 2 and shape[1] > 0, f"input_ids must have shape (b, l) with l > 0, got {shape}")
-    allowed = "max_new_tokens must be an integer, 0 or greater"
-    _require(type(max_new_tokens) is int and max_new_tokens >= 0, f"{allowed}, got {max_new_tokens!r}")
-    sample(torch.empty(0, 1), temperature, top_k, top_p)  # checks them, before anything is read
-    _require(eos is None or _are_ids(eos), f"eos_token_id must be None, an integer or a list of them, got {eos!r}")
-    eos = [eos] if type(eos) is int else list(eos or ())
+    is_count = type(max_new_tokens) is int and max_new_tokens >= 0
+    _require(is_count, f"max_new_tokens must be an integer, 0 or greater, got {max_new_tokens!r}")
+    token_probabilities(torch.empty(0, 1), temperature, top_k, top_p)  # checks them, before anything is read
+    eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    _require(all(type(i) is int for i in eos), f"eos_token_id must be None, an integer or a list of them, got {eos}")
     _require(use_cache or inference_params is None, "use_cache must be True with inference_params, got False")
     cache, mask = InferenceParams() if inference_params is None else inference_params, attention_mask
-    left, lengths = (None, None) if mask is None else _padding(mask, unread.shape)
-    if left is not None:  # padding to the left, so that every row's last token is real
-        _require(bool(lengths.all()), "attention_mask must leave at least one real token in every row")
-        unread, mask = (_roll(v, left + lengths) for v in (unread, mask))
+    if mask is not None and _real_first(mask, unread.shape)[0] is not None:
+        _require(bool(mask.any(1).all()), "attention_mask must leave at least one real token in every row")
+        order = mask.int().argsort(dim=1, stable=True)  # padding to the left, so that every row's last token is real
+        unread, mask = unread.take_along_dim(order, 1), mask.take_along_dim(order, 1)
     ended = torch.zeros_like(unread[:, 0], dtype=torch.bool)
-    if max_new_tokens == 0 and unread.shape[1] > 1:  # all but the last token are read in any case
-        _read(model, unread[:, :-1], None if mask is None else mask[:, :-1], cache)
+    if use_cache and shape[1] > 1:  # all but the last token, in segments
+        size = max(1, PROMPT_SEGMENT // max(1, len(unread)))
+        masks = itertools.repeat(None) if mask is None else mask[:, :-1].split(size, dim=1)
+        for segment, real in zip(unread[:, :-1].split(size, dim=1), masks, strict=False):
+            model(segment, cache, attention_mask=real, num_last_tokens=1)
+        unread, mask = unread[:, -1:], None
     for _ in range(max_new_tokens):
-        logits = _read(model, unread, mask, cache if use_cache else InferenceParams())
-        token = sample(logits[:, : model.config.vocab_size], temperature, top_k, top_p, generator)
+        logits = model(unread, cache if use_cache else None, attention_mask=mask, num_last_tokens=1)
+        logits = logits[:, -1, : model.config.vocab_size]  # (b, v), without the padding of the vocabulary
+        token = logits.argmax(-1)
+        if temperature > 0:
+            probabilities = token_probabilities(logits, temperature, top_k, top_p)
+            token = probabilities.multinomial(1, generator=generator).squeeze(1)
         token = token.masked_fill(ended, eos[0]) if eos else token
         yield token
         ended = ended | torch.isin(token, torch.tensor(eos, dtype=token.dtype, device=token.device))
@@ -786,37 +849,19 @@ def _generate(
             mask = None if mask is None else F.pad(mask, (0, 1), value=1)
 
 
-def _read(model: MambaForCausalLM, ids: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-    """Logits (b, padded_vocab_size) after the last of ids (b, l), which are read in segments."""
-    size = max(1, PROMPT_SEGMENT // max(1, len(ids)))
-    masks = itertools.repeat(None) if mask is None else mask.split(size, dim=1)
-    for segment, real in zip(ids.split(size, dim=1), masks, strict=False):
-        logits = model(segment, cache, attention_mask=real, num_last_tokens=1)
-    return logits[:, -1]
+def token_probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> Tensor:
+    """The probabilities (b, v) from which `generate` draws, given logits (b, v) and its settings.
 
-
-def sample(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """Draw a token for each row of logits (b, v): ids (b,). The settings are those of `generate`."""
+    The same tokens have any as with transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper in turn.
+    """
     _require(0 <= temperature < math.inf, f"temperature must be 0 (greedy) or greater, got {temperature!r}")
     is_count = top_k is None or (type(top_k) is int and top_k >= 0)
     _require(is_count, f"top_k must be None or an integer, 0 (all) or greater, got {top_k!r}")
     _require(0 < top_p <= 1, f"top_p must be in (0, 1], got {top_p!r}")
-    if temperature == 0:
-        return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0, which no temperature makes infinite
     logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
-    probs = F.softmax(filter_logits(logits, top_k, top_p), dim=-1)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
-
-
-def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
-    """Set to -inf all logits (b, v) but the top_k largest, then all but the fewest that hold top_p of the probability.
-
-    The same tokens are kept as by transformers' TopKLogitsWarper and TopPLogitsWarper.
-    """
     if top_k and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
@@ -824,19 +869,7 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) 
         removed = F.softmax(ascending, dim=-1).cumsum(-1) <= 1 - top_p
         removed[:, -1] = False
         logits = logits.masked_fill(removed.scatter(1, index, removed), -math.inf)
-    return logits
-
-
-def _resize(model: MambaForCausalLM, vocab_size: int) -> nn.Module:
-    config = replace(model.config, vocab_size=vocab_size)  # checks it
-    for part in {model.get_input_embeddings(), model.get_output_embeddings()}:
-        old = part.weight.detach()
-        new = old.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
-        new[: len(old)] = old[: len(new)]
-        part.weight = nn.Parameter(new, part.weight.requires_grad)
-        setattr(part, "num_embeddings" if isinstance(part, nn.Embedding) else "out_features", len(new))
-    model.config.vocab_size = vocab_size
-    return model.get_input_embeddings()
+    return F.softmax(logits, dim=-1)
 
 
 # ------------------------------------ 7. Other heads, and other projects' names ---------------------------------------
@@ -859,35 +892,31 @@ class MambaForSequenceClassification(MambaPreTrained):
     ) -> Tensor | dict[str, Tensor]:
         """Logits (b, num_labels), float32, from ids (b, l) or vectors (b, l, d_model).
 
-        attention_mask: (b, l) of 0 and 1; padding on the left or on the right takes no part.
+        attention_mask: (b, l) of 0 and 1. Where it is 0 nothing is read.
         labels: (b,) classes, or numbers where num_labels is 1. Then the result is a dict of "loss" (mean cross entropy,
             or mean squared error) and "logits".
         """
-        hidden = self.backbone(input_ids, attention_mask=attention_mask)
-        logits = self.classifier(self.dropout(_pool(hidden, attention_mask, self.config.pooling_strategy)))
+        hidden = self.backbone(input_ids, attention_mask=attention_mask)  # (b, l, d_model)
+        real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if not torch.compiler.is_compiling():
+            _require(bool(real.any(1).all()), "input_ids must have a real token in every row, got a row of none")
+        if self.config.pooling_strategy == "last":
+            last = (torch.arange(hidden.shape[1], device=hidden.device) * real).argmax(1)
+            pooled = hidden.take_along_dim(last[:, None, None], 1).squeeze(1)
+        elif self.config.pooling_strategy == "mean":
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            pooled = (hidden * real[..., None]).sum(1, dtype=dtype) / real.sum(1, keepdim=True)
+        else:
+            pooled = hidden.masked_fill(~real[..., None], -math.inf).amax(1)
+        logits = self.classifier(self.dropout(pooled.to(hidden.dtype)))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if labels is None:
             return logits
-        if labels.shape != logits.shape[:1]:
-            raise ValueError(f"labels must have shape {tuple(logits.shape[:1])}, got {tuple(labels.shape)}")
         if self.config.num_labels == 1:
-            return {"loss": F.mse_loss(logits[:, 0], labels.to(logits.dtype)), "logits": logits}
-        _check_ids("labels", labels, self.config.num_labels, ndim=1)
+            _check("labels", labels := labels.to(logits.dtype), len(logits))
+            return {"loss": F.mse_loss(logits[:, 0], labels), "logits": logits}
+        _check_ids("labels", labels, self.config.num_labels, len(logits))
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-
-def _pool(hidden: Tensor, attention_mask: Tensor | None, strategy: str) -> Tensor:
-    """The last, the mean or the largest of each row's real hidden states (b, l, d_model): (b, d_model)."""
-    real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if not torch.compiler.is_compiling() and not real.any(1).all():
-        raise ValueError("input_ids must have at least one real token in every row to pool over, got a row of none")
-    if strategy == "last":
-        last = (torch.arange(hidden.shape[1], device=hidden.device) * real).argmax(1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
-    if strategy == "mean":
-        sums = hidden.masked_fill(~real[..., None], 0).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        return (sums / real.sum(1, keepdim=True)).to(hidden.dtype)
-    return hidden.masked_fill(~real[..., None], -math.inf).amax(1)
 
 
 MambaForFeatureExtraction = MambaModel  # hidden states: MiniMamba
@@ -931,17 +960,6 @@ TRANSFORMERS_DEFAULTS |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 
 LAYER, SSM_CFG_FIXED, SSM_CFG_IGNORED = "Mamba1", {}, {"use_fast_path"}
 
 
-def _config_from(stored: Mapping[str, Any]) -> MambaConfig:
-    """The settings in a checkpoint's config.json; ValueError for a model that this file does not implement."""
-    if "model_type" not in stored:
-        return MambaConfig.from_dict(_from_state_spaces(stored))
-    model_type, allowed = stored["model_type"], ("mamba", "falcon_mamba")
-    use = "mamba2.py" if model_type == "mamba2" else "transformers"
-    _require(model_type in allowed, f"model_type must be one of {allowed} in this file, got {model_type!r}: use {use}")
-    falcon = {"mixer_rms_eps": stored.get("mixer_rms_eps", 1e-6)} if model_type == "falcon_mamba" else {}
-    return MambaConfig.from_dict(_from_transformers(stored) | falcon)
-
-
 def _to_transformers(config: MambaConfig) -> dict[str, Any]:
     """The fields of a config.json of transformers, which reads vocab_size as the number of rows, padding included."""
     stored = {name: getattr(config, ours) for ours, name in re.findall(r"(\w+)=(\w+)", TRANSFORMERS_FIELDS)}
@@ -952,21 +970,24 @@ def _to_transformers(config: MambaConfig) -> dict[str, Any]:
     return stored | falcon | {"model_type": names[0], "architectures": [names[1]]}
 
 
-def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ours from a config.json of transformers; what we don't use is ignored."""
-    for name, *allowed in (("hidden_act", "silu", "swish"), ("quantization_config", None)):
+def _from_transformers(stored: Mapping[str, Any]) -> MambaConfig:
+    """The config in a config.json of transformers; what we don't use is ignored."""
+    use, types = "mamba2.py" if stored["model_type"] == "mamba2" else "transformers", ("mamba", "falcon_mamba")
+    for name, *allowed in (("model_type", *types), ("hidden_act", "silu", "swish"), ("quantization_config", None)):
         value = stored.get(name, allowed[0])
-        _require(value in allowed, f"{name} must be {allowed[0]!r} in this file, got {value!r}: use transformers")
+        _require(value in allowed, f"{name} must be {allowed[0]!r} in this file, got {value!r}: use {use}")
+    falcon = {"mixer_rms_eps": stored.get("mixer_rms_eps", 1e-6)} if stored["model_type"] == "falcon_mamba" else {}
     named = {ours: stored[name] for ours, name in re.findall(r"(\w+)=(\w+)", TRANSFORMERS_FIELDS) if name in stored}
     rows = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])  # there each may be a token, here not
     tokens = rows if "transformers_version" in stored else stored.get("unpadded_vocab_size", rows)
     multiple = stored.get("pad_vocab_size_multiple")
     multiple = multiple if rows and type(multiple) is int and multiple > 0 and rows % multiple == 0 else rows or 1
-    return TRANSFORMERS_DEFAULTS | named | {"vocab_size": tokens, "pad_vocab_size_multiple": multiple}
+    sizes = {"vocab_size": tokens, "pad_vocab_size_multiple": multiple}
+    return MambaConfig.from_dict(TRANSFORMERS_DEFAULTS | named | sizes | falcon)
 
 
-def _from_state_spaces(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ours from a config.json of state-spaces/mamba."""
+def _from_state_spaces(stored: Mapping[str, Any]) -> MambaConfig:
+    """The config in a config.json of state-spaces/mamba."""
     _require("d_model" in stored, "config.json has neither model_type (transformers) nor d_model (state-spaces)")
     ssm_cfg = {"layer": "Mamba1"} | (stored.get("ssm_cfg") or {})
     layer = ssm_cfg.pop("layer")
@@ -980,7 +1001,8 @@ def _from_state_spaces(stored: Mapping[str, Any]) -> dict[str, Any]:
     _require(not wrong, f"config.json is of a model that this file does not implement, with {wrong}: use mamba_ssm")
     # Without a word of it, the end of text is GPT-NeoX's, as in transformers' copies of these checkpoints.
     eos = 0 if stored.get("eos_token_id") is None else stored["eos_token_id"]
-    return {name: value for name, value in (stored | ssm_cfg).items() if name in ours} | {"eos_token_id": eos}
+    values = {name: value for name, value in (stored | ssm_cfg).items() if name in ours}
+    return MambaConfig(**values | {"eos_token_id": eos})
 
 
 WEIGHT_FILES = [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
@@ -1020,21 +1042,24 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _stored_tensors(directory: Path) -> dict[str, Tensor]:
     """A checkpoint's tensors by our names, as views of mapped files where that can be: read when used."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not (there := [name for name in WEIGHT_FILES if (directory / name).exists()]):
         raise OSError(f"can't load {str(directory)!r}: it has none of {', '.join(WEIGHT_FILES)}")
-    is_index, tensors = there[0].endswith(".index.json"), {}
-    for name in sorted(set(_read_json(directory / there[0])["weight_map"].values())) if is_index else there[:1]:
-        path = directory / name
-        try:
-            if name.endswith(".safetensors"):
-                tensors |= load_file(path)
+    path, tensors = directory / there[0], {}
+    try:
+        names = set(_read_json(path)["weight_map"].values()) if path.suffix == ".json" else there[:1]
+        for path in sorted(directory / name for name in names):
+            _require(path.parent == directory, "it is not in the directory")
+            if path.suffix == ".safetensors":
+                more = load_file(path)
             else:  # torch before 1.6 wrote no zip files, which alone can be mapped
-                tensors |= torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-        except SafetensorError as error:
-            raise OSError(f"can't load {path}: {error}") from None
+                more = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+            real = all(v.is_floating_point() and v.layout == torch.strided for v in more.values())
+            _require(real and tensors.keys().isdisjoint(more), "its tensors must be real, dense, and in no other shard")
+            tensors |= more
+    except Exception as error:  # of as many kinds as there are ways to damage a file
+        raise OSError(f"can't load {path}: {type(error).__name__}, {error}") from error
     return {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in tensors.items()}
 
 
@@ -1045,7 +1070,8 @@ def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Map
     stored, elsewhere = _read_json(directory / "config.json"), directory / "generation_config.json"
     if stored.get("eos_token_id") is None and elsewhere.exists():
         stored["eos_token_id"] = _read_json(elsewhere).get("eos_token_id")
-    config, tensors = _config_from(stored), _stored_tensors(directory)
+    config = (_from_transformers if "model_type" in stored else _from_state_spaces)(stored)
+    tensors = _stored_tensors(directory)
     if (head := tensors.get("lm_head.weight")) is not None:  # tensors count more than the config
         embedding = tensors.setdefault("embeddings.weight", head)
         config.tie_embeddings = config.tie_embeddings and torch.equal(head, embedding.to(head.dtype))
@@ -1080,8 +1106,9 @@ def _save(model: MambaPreTrained, directory: Path, state_dict: Mapping[str, Tens
     from huggingface_hub import save_torch_state_dict
 
     sharded = state_dict is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    how = "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict, full_state_dict=True"
-    _require(not sharded, f"the model's parameters are sharded: {how}, and give the result as state_dict")
+    _require(
+        not sharded, "state_dict must be given (get_model_state_dict's, full) where parameters are sharded, got None"
+    )
     wrappers = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile's, activation checkpointing's
     tensors = dict(model.named_parameters()) if state_dict is None else state_dict
     tensors = {wrappers.sub("", name): tensor.detach() for name, tensor in tensors.items()}
@@ -1116,17 +1143,13 @@ def _check_fields(config: MambaConfig) -> None:
         fits = value in kinds if get_origin(f.type) is Literal else type(value) in kinds
         if type(value) in (int, float):
             fits = fits and 0 <= value < math.inf and (value > 0 or f.name in may_be_0)
+        elif type(value) in (list, tuple):
+            fits = fits and all(type(v) is int or (type(v) is float and int not in kinds) for v in value)
         names = {int: "a positive integer", float: "a positive number", bool: "True or False", type(None): "None"}
-        names |= {list: "a list", tuple: "a tuple", str: "a word"}
+        names |= {list: "a list of numbers", tuple: "a tuple", str: "a word"}
         _require(fits, f"{f.name} must be {' or '.join(names.get(k, repr(k)) for k in kinds)}, got {value!r}")
     _require(config.dt_min <= config.dt_max, f"dt_max must be at least dt_min ({config.dt_min}), got {config.dt_max}")
     _require(config.dropout < 1, f"dropout must be in [0, 1), got {config.dropout}")
-    eos = config.eos_token_id
-    _require(eos is None or _are_ids(eos), f"eos_token_id must be an integer, a list of them or None, got {eos!r}")
-
-
-def _are_ids(value: Any) -> bool:
-    return all(type(token) is int for token in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def _require(holds: bool, message: str) -> None:
@@ -1144,14 +1167,12 @@ def main() -> None:
     from tokenizers import Tokenizer
     from tokenizers.decoders import DecodeStream
 
-    here = Path(globals().get("__file__", "")).parent  # there is no file when this is pasted into a notebook
+    stored = Path(globals().get("__file__", "")).parent / "pretrained/shakespeare-mamba"  # a notebook has no __file__
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
     parser.add_argument("prompt", nargs="?", help="the text to continue; read from standard input when piped")
     add = functools.partial(parser.add_argument, help="(default: %(default)s)")
-    add(
-        "--model", default=str(here / "pretrained" / "shakespeare-mamba"), help="a directory or a name on the model hub"
-    )
+    add("--model", default=str(stored), metavar="DIRECTORY_OR_NAME")
     add("--max-new-tokens", type=int, default=500)
     add("--temperature", type=float, default=0.8)
     add("--top-k", type=int, default=0)

@@ -38,6 +38,7 @@ Glossary
 
 import argparse
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -48,7 +49,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin
@@ -115,11 +116,6 @@ class Mamba2Config:
         return self.d_inner // self.headdim
 
     @property
-    def conv_dim(self) -> int:
-        """Channels of the convolution: x, B and C."""
-        return self.d_inner + 2 * self.ngroups * self.d_state
-
-    @property
     def padded_vocab_size(self) -> int | None:
         """Rows of the embedding: vocab_size, rounded up to a multiple of pad_vocab_size_multiple."""
         multiple = self.pad_vocab_size_multiple
@@ -130,9 +126,8 @@ class Mamba2Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         known = [f.name for f in fields(cls)]
-        for name, value in values.items():
-            if name not in known:
-                raise ValueError(f"unknown config field {name!r} = {value!r}; allowed are {', '.join(known)}")
+        unknown = {name: value for name, value in values.items() if name not in known}
+        _require(not unknown, f"unknown config fields {unknown}; allowed are {', '.join(known)}")
         return cls(**values)
 
     def to_json_string(self) -> str:
@@ -167,27 +162,6 @@ def ssd_recurrence(
     return torch.stack(ys, 1) if ys else torch.zeros_like(x), state
 
 
-def ssd_quadratic(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The dual, quadratic form (section 5): attention whose mask L holds the decays, y = (L * C B^T) (dt x).
-
-    Arguments, of one type, and results are those of `ssd` without D, which computes the same numbers in linear time.
-    """
-    (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    state = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
-    if l == 0:
-        return torch.zeros_like(x), state
-    B, C = (rearrange(v.repeat_interleave(h // g, dim=2), "b l h n -> b h l n") for v in (B, C))
-    a = rearrange(dt * A, "b l h -> b h l")
-    L = decay_matrix(a)  # (b, h, l, l)
-    dtx = rearrange(dt[..., None] * x, "b l h p -> b h l p")
-    from_start = a.cumsum(-1).exp()[..., None]  # (b, h, l, 1)
-    y = (L * (C @ B.mT)) @ dtx + from_start * (C @ state.mT)
-    state = from_start[..., -1:, :] * state + (dtx * L[..., -1, :, None]).mT @ B  # (b, h, p, n)
-    return rearrange(y, "b h l p -> b l h p"), state
-
-
 def decay_matrix(a: Tensor) -> Tensor:
     """The 1-semiseparable mask L (section 3; exp(segsum) in Listing 1): L[i, j] = exp(a[j+1] + ... + a[i]), j <= i.
 
@@ -205,44 +179,45 @@ def _exp(sums: Tensor) -> Tensor:
 
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
-    chunk_size: int = 64, *, D: Tensor | None = None,
+    chunk_size: int = 64, *, D: Tensor | None = None, starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked form (the block decomposition of section 6, Listing 1): matrix products, linear in l.
 
-    Within a chunk of q steps the quadratic form, across chunks the recurrence. Per head
+    Within a chunk of q steps the dual, quadratic form (section 5), across chunks the recurrence. Per head
 
         state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T        y_t = state_t C_t + D x_t
 
     x: (b, l, h, p); dt: (b, l, h), not negative, its type is that of the computation; A: (h,), negative; B, C:
-    (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n) and D: (h,), zero when None. Returns y
-    (b, l, h, p) and the final state (b, h, p, n). Raises ValueError for arguments that don't fit.
-
-    It works on segments of some chunks: on a CPU as many as stay in its cache, else as 2^26 elements hold.
+    (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n) and D: (h,), zero when None; starts: (b, l),
+    true where the state before is forgotten. Returns y (b, l, h, p) and the final state (b, h, p, n). Raises
+    ValueError for arguments that don't fit.
     """
-    if x.ndim != 4 or B.ndim != 4:
-        raise ValueError(f"x (b, l, h, p) and B (b, l, g, n) must have 4 dimensions, got {x.ndim} and {B.ndim}")
+    _check("x", x, "b", "l", "h", "p")
+    _check("B", B, *x.shape[:2], "g", "n")
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    shapes = {"x": x.shape, "dt": (b, l, h), "A": (h,), "D": (h,), "initial_state": (b, h, p, n)}
-    for name, v in {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state}.items():
-        if v is not None and (v.shape != (shape := shapes.get(name, (b, l, g, n))) or not v.is_floating_point()):
-            raise ValueError(f"{name} must be real, of shape {shape}, got {v.dtype} of shape {tuple(v.shape)}")
+    more = [("D", D, h), ("initial_state", initial_state, b, h, p, n)]
+    for name, v, *shape in [("dt", dt, b, l, h), ("A", A, h), ("C", C, b, l, g, n), *more]:
+        _check(name, v, *shape)
+    _check("starts", starts, b, l, kind="integer")
     if h % g or chunk_size < 1:
         raise ValueError(f"B's groups must divide x's heads, chunk_size be positive, got {g}, {h} and {chunk_size}")
     x, A, B, C = (v.to(dt.dtype) for v in (x, A, B, C))
     state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dt.dtype)
     with _full_precision(x):
-        if l <= 1:
+        if l == 0 or (l == 1 and starts is None):
             y, state = ssd_recurrence(x, dt, A, B, C, state)
         else:
+            a = dt * A if starts is None else (dt * A).masked_fill(starts[..., None], -1e30)  # a decay of 0
             q = min(chunk_size, l)
-            budget = 2**19 if x.device.type == "cpu" and not torch.compiler.is_compiling() else 2**26
+            in_cache = x.device.type == "cpu" and not torch.compiler.is_compiling()
+            budget = 2**19 if in_cache else 2**26  # elements of a segment's largest tensor
             steps = q * max(1, budget // max(1, b * h * max(q * q, q * p, p * n)))
             state, ys = rearrange(state, "b (g k) p n -> b g n (k p)", g=g), []  # k = h / g heads share products
-            for segment in zip(*(v.split(steps, dim=1) for v in (x * dt[..., None], dt * A, B, C)), strict=True):
+            for segment in zip(*(v.split(steps, dim=1) for v in (x * dt[..., None], a, B, C)), strict=True):
                 y, state = _ssd_segment(*segment, state, q)
                 ys.append(y)
             y, state = torch.cat(ys, dim=1), rearrange(state, "b g n (k p) -> b (g k) p n", p=p)
-    return (y if D is None else torch.addcmul(y, x, D.to(x.dtype)[:, None])), state
+    return (y if D is None else y.addcmul_(x, D.to(x.dtype)[:, None])), state
 
 
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
@@ -296,9 +271,6 @@ class LayerState:
     conv_state: Tensor | None = None  # (b, channels, d_conv), the last inputs of the convolution, in the weights' type
     ssm_state: Tensor | None = None  # (b, h, p, n), float32 at least
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(v for v in (self.conv_state, self.ssm_state) if v is not None)
-
 
 class CausalConv1d(nn.Conv1d):
     """A causal depthwise convolution of (b, l, c) that can go on from a state; computed in float32 at least."""
@@ -306,24 +278,36 @@ class CausalConv1d(nn.Conv1d):
     def __init__(self, channels: int, kernel_size: int, bias: bool) -> None:
         super().__init__(channels, channels, kernel_size, groups=channels, bias=bias)
 
-    def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None, starts: Tensor | None = None
+    ) -> Tensor:
         """(b, l, c) to the same shape. `state.conv_state` (b, c, k) holds what came before, and is replaced.
 
         lengths: (b,), how many steps of each row are real; the padding that follows them stays out of the state.
+        starts: (b, l), where a document begins, from which those before stay hidden.
         """
         (b, l, c), k = x.shape, self.kernel_size[0]
         taps = self.weight[:, 0].to(torch.promote_types(self.weight.dtype, torch.float32))  # (c, k)
         before = x.new_zeros(b, c, k) if state is None or state.conv_state is None else state.conv_state
-        if before.shape != (b, c, k):
-            raise ValueError(f"the state's conv_state must have shape {(b, c, k)}, got {tuple(before.shape)}")
+        _check("the state's conv_state", before, b, c, k)
         x = torch.cat([before.mT.to(taps.dtype), x.to(taps.dtype)], dim=1)  # (b, k + l, c)
+        windows = [x[:, i : i + l] for i in range(1, k + 1)]  # what each tap sees
+        if starts is not None:
+            document = F.pad(starts.cumsum(1), (k, 0))  # (b, k + l)
+            others = [document[:, i : i + l] != document[:, k:] for i in range(1, k + 1)]
+            windows = [w.masked_fill(other[..., None], 0) for w, other in zip(windows, others, strict=True)]
         y = x.new_zeros(c) if self.bias is None else self.bias.to(x.dtype)
-        for i in range(k):  # in this layout faster than F.conv1d
-            y = torch.addcmul(y, x[:, i + 1 : i + 1 + l], taps[:, i])
+        y = torch.addcmul(y, windows[0], taps[:, 0])
+        for i in range(1, k):  # in this layout faster than F.conv1d
+            y.addcmul_(windows[i], taps[:, i])
         if state is not None:
             ends = torch.full((b,), l, device=x.device) if lengths is None else lengths
             newest = ends[:, None] + torch.arange(k, device=x.device)  # (b, k): where the last k inputs are
-            state.conv_state = x.gather(1, newest[..., None].expand(b, k, c)).mT.contiguous().to(self.weight.dtype)
+            last = x.take_along_dim(newest[..., None], 1)  # (b, k, c)
+            if starts is not None:
+                document = document.take_along_dim(newest, 1)
+                last = last.masked_fill((document != document[:, -1:])[..., None], 0)
+            state.conv_state = last.mT.contiguous().to(self.weight.dtype)
         return y
 
 
@@ -347,7 +331,7 @@ class Mamba2Mixer(nn.Module):
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__()
         self.config = config
-        e, h, channels = config.d_inner, config.nheads, config.conv_dim
+        e, h, channels = config.d_inner, config.nheads, config.d_inner + 2 * config.ngroups * config.d_state
         self.in_proj = nn.Linear(config.d_model, e + channels + h, bias=config.bias)
         self.conv1d = CausalConv1d(channels, config.d_conv, bias=config.conv_bias)
         dt = torch.empty(h).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()  # as in the official code
@@ -361,17 +345,22 @@ class Mamba2Mixer(nn.Module):
             nn.init.zeros_(self.in_proj.bias)
             nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> Tensor:
         """(b, l, d_model) to the same shape, for any l.
 
         state: what was read before x; the tensors in it are replaced by new ones. None: nothing, and nothing is kept.
         lengths: (b,), how many steps of each row are real; padding follows them and leaves the state alone.
+        seq_idx: (b, l), integers that change where a new document begins, before which the state is forgotten; the
+            first step goes on with the state's document.
         """
         config = self.config
-        _check_vectors(x, config.d_model)
-        e, g, n = config.d_inner, config.ngroups, config.d_state
-        z, xBC, dt = self.in_proj(x).split([e, config.conv_dim, config.nheads], dim=-1)  # all at once (section 7)
-        xBC = F.silu(self.conv1d(xBC, state, lengths)).to(x.dtype)  # (b, l, e + 2 g n)
+        _check("the input", x, "b", "l", config.d_model)
+        e, h, g, n = config.d_inner, config.nheads, config.ngroups, config.d_state
+        z, xBC, dt = self.in_proj(x).split([e, e + 2 * g * n, h], dim=-1)  # all at once (section 7)
+        starts = None if seq_idx is None else _starts(seq_idx, lengths, x.shape[:2])
+        xBC = F.silu(self.conv1d(xBC, state, lengths, starts)).to(x.dtype)  # (b, l, e + 2 g n)
         u, B, C = xBC.split([e, g * n, g * n], dim=-1)
         u, B, C = u.unflatten(-1, (-1, config.headdim)), B.unflatten(-1, (g, n)), C.unflatten(-1, (g, n))
         s = torch.promote_types(self.A_log.dtype, torch.float32)
@@ -380,7 +369,7 @@ class Mamba2Mixer(nn.Module):
             dt = dt.masked_fill(_padded(x.shape[1], lengths)[..., None], 0)  # dt = 0 leaves the state alone
         A = -torch.exp(self.A_log.to(s))  # (h,)
         before = None if state is None else state.ssm_state
-        y, after = ssd(u, dt, A, B, C, before, config.chunk_size, D=self.D)  # (b, l, h, p) and (b, h, p, n)
+        y, after = ssd(u, dt, A, B, C, before, config.chunk_size, D=self.D, starts=starts)
         if state is not None:
             state.ssm_state = after
         return self.out_proj(self.norm(y.flatten(-2), z))
@@ -411,8 +400,10 @@ class Mamba2Block(nn.Module):
         self.norm = RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.mixer = Mamba2Mixer(config)
 
-    def forward(self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None) -> Tensor:
-        return x + self.mixer(self.norm(x), state, lengths)
+    def forward(
+        self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> Tensor:
+        return x + self.mixer(self.norm(x), state, lengths, seq_idx)
 
 
 class Mamba2PreTrained(nn.Module):
@@ -426,8 +417,8 @@ class Mamba2PreTrained(nn.Module):
     ) -> Self:
         """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
 
-        name: a checkpoint in transformers' or state-spaces' format, safetensors or pytorch_model.bin, sharded or not. A
-            classifier may be loaded from a language model's: its last layer then is new.
+        name: a checkpoint in transformers' or state-spaces' format, safetensors or pytorch_model.bin, in shards or not.
+            A language model's gives a classifier, too, with a new last layer.
         device: None means the CPU; dtype: None keeps the stored; hub: revision, token, cache_dir, local_files_only.
         Raises OSError for missing files, ValueError for a model that isn't implemented here and tensors that don't fit.
         """
@@ -471,20 +462,25 @@ class Mamba2Encoder(Mamba2PreTrained):
         for layer in self.layers:  # n_layer of them add to the residual stream
             layer.mixer.out_proj.weight.data.div_(math.sqrt(config.n_layer))
 
-    def forward(self, x: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """(b, l, d_model) to the same shape, in the weights' type.
 
         inference_params: a cache, see InferenceParams. The model goes on from the states in it and replaces them, once
             all layers have succeeded; gradients stop there, between two calls.
-        attention_mask: (b, l) of 0 and 1, the tokens of this call; padding on the left or on the right, no holes.
+        attention_mask: (b, l) of 0 and 1, the tokens of this call. Where it is 0 nothing is read.
+        seq_idx: (b, l), integers that change where a new document begins, for documents packed into a row: none sees
+            another. The first token goes on with the document in the cache, which then holds each row's last one.
         """
-        _check_vectors(x, self.config.d_model)
+        _check("the input", x, "b", "l", self.config.d_model)
         dtype = self.norm_f.weight.dtype
         x = x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
-        left, lengths = (None, None) if attention_mask is None else _padding(attention_mask, x.shape[:2])
-        if left is not None:  # the real tokens first, so that only padding on the right remains
-            x = _roll(x, left)
-            x = x.masked_fill(_padded(x.shape[1], lengths)[..., None], 0)
+        order, lengths = (None, None) if attention_mask is None else _real_first(attention_mask, x.shape[:2])
+        if order is not None:
+            x = x.take_along_dim(order[..., None], 1).masked_fill(_padded(x.shape[1], lengths)[..., None], 0)
+            seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
         states = [None] * len(self.layers)
         if inference_params is not None:
             stored, all_layers = inference_params.key_value_memory_dict, range(len(self.layers))
@@ -494,15 +490,16 @@ class Mamba2Encoder(Mamba2PreTrained):
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, state in zip(self.layers, states, strict=True):
             if recompute and state is None:  # once more a layer would start from the state that it has left
-                x = checkpoint(layer, x, None, lengths, use_reentrant=False)
+                x = checkpoint(layer, x, None, lengths, seq_idx, use_reentrant=False)
             else:
-                x = layer(x, state, lengths)
+                x = layer(x, state, lengths, seq_idx)
         x = self.norm_f(x)
         if inference_params is not None:
-            stored.update({i: tuple(v.detach() for v in state.tensors()) for i, state in enumerate(states)})
+            for i, state in enumerate(states):
+                stored[i] = tuple(v.detach() for v in vars(state).values() if v is not None)
             if isinstance(inference_params, InferenceParams):
                 inference_params.seqlen_offset += x.shape[1]
-        return x if left is None else _roll(x, -left)
+        return x if order is None else x.take_along_dim(order.argsort(1)[..., None], 1)
 
 
 class Embedding(nn.Embedding):
@@ -513,10 +510,7 @@ class Embedding(nn.Embedding):
 
 
 class Mamba2Model(Mamba2Encoder):
-    """The encoder with an embedding: ids (b, l), or embeddings (b, l, d_model), to hidden states (b, l, d_model).
-
-    Where config.vocab_size is None there is no embedding, and the input is vectors.
-    """
+    """The encoder with an embedding, if config.vocab_size isn't None: ids (b, l), or vectors, to (b, l, d_model)."""
 
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__(config)
@@ -524,14 +518,12 @@ class Mamba2Model(Mamba2Encoder):
             self.embeddings = Embedding(config.padded_vocab_size, config.d_model)
             nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
 
-    def forward(
-        self, input_ids: Tensor, inference_params: Any = None, *, attention_mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, inference_params: Any = None, **mask_and_seq_idx: Tensor | None) -> Tensor:
         x = input_ids
         if not x.is_floating_point() and self.config.vocab_size is not None:
-            _check_ids("input_ids", x, self.config.padded_vocab_size, ndim=2)
+            _check_ids("input_ids", x, self.config.padded_vocab_size, "b", "l")
             x = self.embeddings(x)
-        return super().forward(x, inference_params, attention_mask=attention_mask)
+        return super().forward(x, inference_params, **mask_and_seq_idx)
 
 
 class Mamba2ForCausalLM(Mamba2PreTrained):
@@ -551,23 +543,30 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
 
     def forward(
         self, input_ids: Tensor, inference_params: Any = None, labels: Tensor | None = None, *,
-        attention_mask: Tensor | None = None, num_last_tokens: int = 0,
+        attention_mask: Tensor | None = None, seq_idx: Tensor | None = None, num_last_tokens: int = 0,
+        loss_only: bool = False,
     ) -> Tensor | dict[str, Tensor]:  # fmt: skip
         """Logits (b, l, padded_vocab_size), float32, from ids (b, l) or embeddings (b, l, d_model).
 
-        inference_params, attention_mask: see the encoder. Any number of tokens a call.
-        labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; padding never does. Then
-            the result is a dict of "loss" (mean cross entropy in nats, float32) and "logits".
+        inference_params, attention_mask, seq_idx: see the encoder. Any number of tokens a call.
+        labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; neither does padding, nor
+            the first token of a document. Then the result is a dict of "loss" (mean cross entropy in nats, float32)
+            and "logits", or with loss_only of "loss" alone: that never holds the logits of all positions.
         num_last_tokens: k > 0 gives the logits of the last k positions alone.
         """
         most = math.inf if labels is None else 0
         _require(0 <= num_last_tokens <= most, f"num_last_tokens must be 0 (all) to {most}, got {num_last_tokens}")
         if labels is not None:
-            _check_labels(labels, input_ids.shape[:2], self.config.padded_vocab_size)
-        hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask)
-        logits = self.get_output_embeddings()(hidden[:, -num_last_tokens:])  # -0: all
+            labels = _next_labels(labels, attention_mask, seq_idx, input_ids.shape[:2], self.config.padded_vocab_size)
+        hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask, seq_idx=seq_idx)
+        head = self.get_output_embeddings()
+        if loss_only and labels is not None:
+            return {"loss": _loss_in_slices(head, hidden, labels)}
+        logits = head(hidden[:, -num_last_tokens:])  # -0: all
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits if labels is None else {"loss": _loss(logits, labels, attention_mask), "logits": logits}
+        if labels is None:
+            return logits
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
     @torch.no_grad()
     def step(self, token_ids: Tensor, inference_params: Any) -> Tensor:
@@ -594,7 +593,7 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
             likeliest (None or 0: all) and then of the fewest likeliest that hold `top_p` of the probability.
         eos_token_id: an id or several, None for the config's, () for none. A row that drew one is filled up with the
             first of them and its state stays there; the result is shorter when all rows did.
-        attention_mask: (b, l) of 0 and 1, for prompts padded on the left or on the right.
+        attention_mask: (b, l) of 0 and 1, for prompts of different lengths. Where it is 0 nothing is read.
         use_cache: False reads the whole text anew for every token: the same ids, slowly.
         inference_params: a cache whose text the prompt continues; afterwards it has read all but each row's last token.
         """
@@ -611,39 +610,45 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Module:
         """Give embedding and head rows for vocab_size tokens; rows that are new start as in a new model."""
-        return _resize(self, vocab_size)
+        config = replace(self.config, vocab_size=vocab_size)  # checks it
+        for part in {self.get_input_embeddings(), self.get_output_embeddings()}:
+            old = part.weight.detach()
+            new = old.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
+            new[: len(old)] = old[: len(new)]
+            part.weight = nn.Parameter(new, part.weight.requires_grad)
+            setattr(part, "num_embeddings" if isinstance(part, nn.Embedding) else "out_features", len(new))
+        self.config.vocab_size = vocab_size
+        return self.get_input_embeddings()
 
 
-def _check_vectors(x: Tensor, width: int) -> None:
-    """Raise ValueError unless x is floating point of shape (b, l, width)."""
-    if x.ndim != 3 or x.shape[-1] != width or not x.is_floating_point():
-        allowed = f"floating point of shape (b, l, d_model = {width})"
-        raise ValueError(f"the input must be {allowed}, got {x.dtype} of shape {tuple(x.shape)}")
+def _check(name: str, x: Tensor | None, *shape: int | str, kind: str = "real") -> None:
+    """Raise ValueError unless x is None, or real (or integer) and of this shape; a letter stands for any size."""
+    if x is None:
+        return
+    real = x.is_floating_point()
+    fits = (real if kind == "real" else not real and not x.is_complex()) and x.ndim == len(shape)
+    if not fits or any(type(s) is not str and s != n for s, n in zip(shape, x.shape, strict=True)):
+        wanted = f"({', '.join(map(str, shape))})"
+        raise ValueError(f"{name} must be {kind}, of shape {wanted}, got {x.dtype} of shape {tuple(x.shape)}")
 
 
-def _check_ids(name: str, ids: Tensor, size: int, ndim: int) -> None:
+def _check_ids(name: str, ids: Tensor, size: int, *shape: int | str) -> None:
     """Raise ValueError unless ids are integers in [0, size); compiled code doesn't look at values."""
-    if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != ndim:
-        raise ValueError(f"{name} must be int64 of {ndim} dimensions, got {ids.dtype} of shape {tuple(ids.shape)}")
+    _check(name, ids, *shape, kind="integer")
     if ids.numel() and not ids.is_meta and not torch.compiler.is_compiling():
         low, high = (bound.item() for bound in torch.aminmax(ids))
-        if low < 0 or high >= size:
-            raise ValueError(f"{name} must be in [0, {size}), got {low if low < 0 else high}")
+        _require(low >= 0 and high < size, f"{name} must be in [0, {size}), got {low if low < 0 else high}")
 
 
-def _padding(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
-    """How many padding tokens each row begins with, and how many real ones follow, both (b,); None if all are real."""
-    if attention_mask.shape != shape:
-        raise ValueError(f"attention_mask must have shape {tuple(shape)}, got {tuple(attention_mask.shape)}")
-    real, lengths = attention_mask.bool(), attention_mask.bool().sum(1)
-    left = real.int().argmax(1) if shape[1] else lengths
-    if torch.compiler.is_compiling():  # doesn't look at values
-        return left, lengths
-    position = torch.arange(shape[1], device=real.device) - left[:, None]
-    expected = ((position >= 0) & (position < lengths[:, None])).to(attention_mask.dtype)
-    if not torch.equal(attention_mask, expected):
-        raise ValueError("attention_mask must hold 0 and 1, the zeros on the left or on the right, not between ones")
-    return (None, None) if real.all() else (left, lengths)
+def _real_first(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
+    """The positions (b, l) of each row's real tokens, then the others, and how many are real (b,); None if all are."""
+    real = attention_mask.bool()
+    _check("attention_mask", real, *shape, kind="integer")
+    if not torch.compiler.is_compiling():  # compiled code doesn't look at values
+        _require(torch.equal(attention_mask, real.to(attention_mask.dtype)), "attention_mask must hold 0 and 1 alone")
+        if real.all():
+            return None, None
+    return real.int().argsort(dim=1, descending=True, stable=True), real.sum(1)
 
 
 def _padded(l: int, lengths: Tensor) -> Tensor:
@@ -651,28 +656,40 @@ def _padded(l: int, lengths: Tensor) -> Tensor:
     return torch.arange(l, device=lengths.device) >= lengths[:, None]
 
 
-def _roll(x: Tensor, by: Tensor) -> Tensor:
-    """Move each row of (b, l, ...) to the left by its own number of positions (b,), around the end."""
-    index = (torch.arange(x.shape[1], device=x.device) + by[:, None]) % x.shape[1]  # (b, l)
-    return x[torch.arange(len(x), device=x.device)[:, None], index]
+def _starts(seq_idx: Tensor, lengths: Tensor | None, shape: torch.Size) -> Tensor:
+    """Where new documents begin, (b, l), if not at the first step; padding belongs to the last one."""
+    _check("seq_idx", seq_idx, *shape, kind="integer")
+    starts = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))[:, : shape[1]]
+    return starts if lengths is None else starts & ~_padded(shape[1], lengths)
 
 
-def _check_labels(labels: Tensor, shape: torch.Size, size: int) -> None:
-    if labels.shape != shape:
-        raise ValueError(f"labels must have shape {tuple(shape)}, got {tuple(labels.shape)}")
-    _check_ids("labels", labels.masked_fill(labels == -100, 0), size, ndim=2)
+def _next_labels(
+    labels: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None, shape: torch.Size, size: int
+) -> Tensor:
+    """What each position predicts, (b, l): the label of the next; -100, which doesn't count, where there is none."""
+    _check_ids("labels", labels.masked_fill(labels == -100, 0), size, *shape)
+    labels = F.pad(labels[:, 1:], (0, 1), value=-100)[:, : shape[1]]
+    if attention_mask is not None:
+        labels = labels.masked_fill(~(attention_mask.bool() & attention_mask.bool().roll(-1, dims=1)), -100)
+    return labels if seq_idx is None else labels.masked_fill(seq_idx != seq_idx.roll(-1, dims=1), -100)
 
 
-def _loss(logits: Tensor, labels: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The mean cross entropy of each token given those before it; labels (b, l) may be -100, where none counts."""
-    if attention_mask is not None:  # nor does the token after padding on the left, which nothing predicts
-        labels = labels.masked_fill(~(attention_mask.bool() & attention_mask.bool().roll(1, dims=1)), -100)
-    return F.cross_entropy(rearrange(logits[:, :-1], "b l v -> (b l) v"), labels[:, 1:].flatten())
+def _loss_in_slices(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The loss of hidden states (b, l, d_model), some positions at a time, which the backward pass computes again."""
+
+    def loss(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels, reduction="sum")
+
+    slices = zip(hidden.flatten(0, 1).split(LOSS_SLICE), labels.flatten().split(LOSS_SLICE), strict=True)
+    return sum(checkpoint(loss, *some, use_reentrant=False) for some in slices) / (labels != -100).sum()
 
 
 # --------------------------------------------------- 6. Generation ----------------------------------------------------
 
 PROMPT_SEGMENT = 512  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
+LOSS_SLICE = 1024  # positions (of all rows together) whose logits exist at once, where the loss alone is wanted
 States = dict[int, tuple[Tensor, ...]]  # of each layer, by its position: the tensors of its LayerState
 
 
@@ -699,16 +716,13 @@ class InferenceParams:
 
     def clone(self) -> "InferenceParams":
         """A copy: continue one prefix in several ways."""
-        return self._map(torch.clone)
+        return copy.deepcopy(self)
 
     def select(self, rows: Tensor | Sequence[int]) -> "InferenceParams":
         """A copy with these rows of the batch, chosen, repeated or reordered: beams, several answers to one prompt."""
-        rows = torch.as_tensor(rows)
-        return self._map(lambda v: v.index_select(0, rows.to(v.device)))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "InferenceParams":
-        states = {i: tuple(map(function, state)) for i, state in self.key_value_memory_dict.items()}
-        return InferenceParams(states, self.seqlen_offset)
+        layers = self.key_value_memory_dict.items()
+        states = {i: tuple(v[torch.as_tensor(rows, device=v.device)] for v in state) for i, state in layers}
+        return replace(self, key_value_memory_dict=states)
 
     def get_cache_info(self) -> dict[str, float]:
         """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
@@ -728,23 +742,31 @@ def _generate(
     """The new tokens of `generate`, (b,) each: read what is unread, draw a token, and so on."""
     shape, eos = tuple(unread.shape), model.config.eos_token_id if eos_token_id is None else eos_token_id
     _require(len(shape) == 2 and shape[1] > 0, f"input_ids must have shape (b, l) with l > 0, got {shape}")
-    allowed = "max_new_tokens must be an integer, 0 or greater"
-    _require(type(max_new_tokens) is int and max_new_tokens >= 0, f"{allowed}, got {max_new_tokens!r}")
-    sample(torch.empty(0, 1), temperature, top_k, top_p)  # checks them, before anything is read
-    _require(eos is None or _are_ids(eos), f"eos_token_id must be None, an integer or a list of them, got {eos!r}")
-    eos = [eos] if type(eos) is int else list(eos or ())
+    is_count = type(max_new_tokens) is int and max_new_tokens >= 0
+    _require(is_count, f"max_new_tokens must be an integer, 0 or greater, got {max_new_tokens!r}")
+    token_probabilities(torch.empty(0, 1), temperature, top_k, top_p)  # checks them, before anything is read
+    eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    _require(all(type(i) is int for i in eos), f"eos_token_id must be None, an integer or a list of them, got {eos}")
     _require(use_cache or inference_params is None, "use_cache must be True with inference_params, got False")
     cache, mask = InferenceParams() if inference_params is None else inference_params, attention_mask
-    left, lengths = (None, None) if mask is None else _padding(mask, unread.shape)
-    if left is not None:  # padding to the left, so that every row's last token is real
-        _require(bool(lengths.all()), "attention_mask must leave at least one real token in every row")
-        unread, mask = (_roll(v, left + lengths) for v in (unread, mask))
+    if mask is not None and _real_first(mask, unread.shape)[0] is not None:
+        _require(bool(mask.any(1).all()), "attention_mask must leave at least one real token in every row")
+        order = mask.int().argsort(dim=1, stable=True)  # padding to the left, so that every row's last token is real
+        unread, mask = unread.take_along_dim(order, 1), mask.take_along_dim(order, 1)
     ended = torch.zeros_like(unread[:, 0], dtype=torch.bool)
-    if max_new_tokens == 0 and unread.shape[1] > 1:  # all but the last token are read in any case
-        _read(model, unread[:, :-1], None if mask is None else mask[:, :-1], cache)
+    if use_cache and shape[1] > 1:  # all but the last token, in segments
+        size = max(1, PROMPT_SEGMENT // max(1, len(unread)))
+        masks = itertools.repeat(None) if mask is None else mask[:, :-1].split(size, dim=1)
+        for segment, real in zip(unread[:, :-1].split(size, dim=1), masks, strict=False):
+            model(segment, cache, attention_mask=real, num_last_tokens=1)
+        unread, mask = unread[:, -1:], None
     for _ in range(max_new_tokens):
-        logits = _read(model, unread, mask, cache if use_cache else InferenceParams())
-        token = sample(logits[:, : model.config.vocab_size], temperature, top_k, top_p, generator)
+        logits = model(unread, cache if use_cache else None, attention_mask=mask, num_last_tokens=1)
+        logits = logits[:, -1, : model.config.vocab_size]  # (b, v), without the padding of the vocabulary
+        token = logits.argmax(-1)
+        if temperature > 0:
+            probabilities = token_probabilities(logits, temperature, top_k, top_p)
+            token = probabilities.multinomial(1, generator=generator).squeeze(1)
         token = token.masked_fill(ended, eos[0]) if eos else token
         yield token
         ended = ended | torch.isin(token, torch.tensor(eos, dtype=token.dtype, device=token.device))
@@ -757,37 +779,19 @@ def _generate(
             mask = None if mask is None else F.pad(mask, (0, 1), value=1)
 
 
-def _read(model: Mamba2ForCausalLM, ids: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
-    """Logits (b, padded_vocab_size) after the last of ids (b, l), which are read in segments."""
-    size = max(1, PROMPT_SEGMENT // max(1, len(ids)))
-    masks = itertools.repeat(None) if mask is None else mask.split(size, dim=1)
-    for segment, real in zip(ids.split(size, dim=1), masks, strict=False):
-        logits = model(segment, cache, attention_mask=real, num_last_tokens=1)
-    return logits[:, -1]
+def token_probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> Tensor:
+    """The probabilities (b, v) from which `generate` draws, given logits (b, v) and its settings.
 
-
-def sample(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """Draw a token for each row of logits (b, v): ids (b,). The settings are those of `generate`."""
+    The same tokens have any as with transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper in turn.
+    """
     _require(0 <= temperature < math.inf, f"temperature must be 0 (greedy) or greater, got {temperature!r}")
     is_count = top_k is None or (type(top_k) is int and top_k >= 0)
     _require(is_count, f"top_k must be None or an integer, 0 (all) or greater, got {top_k!r}")
     _require(0 < top_p <= 1, f"top_p must be in (0, 1], got {top_p!r}")
-    if temperature == 0:
-        return logits.argmax(-1)
     logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0, which no temperature makes infinite
     logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
-    probs = F.softmax(filter_logits(logits, top_k, top_p), dim=-1)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
-
-
-def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) -> Tensor:
-    """Set to -inf all logits (b, v) but the top_k largest, then all but the fewest that hold top_p of the probability.
-
-    The same tokens are kept as by transformers' TopKLogitsWarper and TopPLogitsWarper.
-    """
     if top_k and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
@@ -795,19 +799,7 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float = 1.0) 
         removed = F.softmax(ascending, dim=-1).cumsum(-1) <= 1 - top_p
         removed[:, -1] = False
         logits = logits.masked_fill(removed.scatter(1, index, removed), -math.inf)
-    return logits
-
-
-def _resize(model: Mamba2ForCausalLM, vocab_size: int) -> nn.Module:
-    config = replace(model.config, vocab_size=vocab_size)  # checks it
-    for part in {model.get_input_embeddings(), model.get_output_embeddings()}:
-        old = part.weight.detach()
-        new = old.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
-        new[: len(old)] = old[: len(new)]
-        part.weight = nn.Parameter(new, part.weight.requires_grad)
-        setattr(part, "num_embeddings" if isinstance(part, nn.Embedding) else "out_features", len(new))
-    model.config.vocab_size = vocab_size
-    return model.get_input_embeddings()
+    return F.softmax(logits, dim=-1)
 
 
 # ------------------------------------ 7. Other heads, and other projects' names ---------------------------------------
@@ -830,35 +822,31 @@ class Mamba2ForSequenceClassification(Mamba2PreTrained):
     ) -> Tensor | dict[str, Tensor]:
         """Logits (b, num_labels), float32, from ids (b, l) or vectors (b, l, d_model).
 
-        attention_mask: (b, l) of 0 and 1; padding on the left or on the right takes no part.
+        attention_mask: (b, l) of 0 and 1. Where it is 0 nothing is read.
         labels: (b,) classes, or numbers where num_labels is 1. Then the result is a dict of "loss" (mean cross entropy,
             or mean squared error) and "logits".
         """
-        hidden = self.backbone(input_ids, attention_mask=attention_mask)
-        logits = self.classifier(self.dropout(_pool(hidden, attention_mask, self.config.pooling_strategy)))
+        hidden = self.backbone(input_ids, attention_mask=attention_mask)  # (b, l, d_model)
+        real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if not torch.compiler.is_compiling():
+            _require(bool(real.any(1).all()), "input_ids must have a real token in every row, got a row of none")
+        if self.config.pooling_strategy == "last":
+            last = (torch.arange(hidden.shape[1], device=hidden.device) * real).argmax(1)
+            pooled = hidden.take_along_dim(last[:, None, None], 1).squeeze(1)
+        elif self.config.pooling_strategy == "mean":
+            dtype = torch.promote_types(hidden.dtype, torch.float32)
+            pooled = (hidden * real[..., None]).sum(1, dtype=dtype) / real.sum(1, keepdim=True)
+        else:
+            pooled = hidden.masked_fill(~real[..., None], -math.inf).amax(1)
+        logits = self.classifier(self.dropout(pooled.to(hidden.dtype)))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if labels is None:
             return logits
-        if labels.shape != logits.shape[:1]:
-            raise ValueError(f"labels must have shape {tuple(logits.shape[:1])}, got {tuple(labels.shape)}")
         if self.config.num_labels == 1:
-            return {"loss": F.mse_loss(logits[:, 0], labels.to(logits.dtype)), "logits": logits}
-        _check_ids("labels", labels, self.config.num_labels, ndim=1)
+            _check("labels", labels := labels.to(logits.dtype), len(logits))
+            return {"loss": F.mse_loss(logits[:, 0], labels), "logits": logits}
+        _check_ids("labels", labels, self.config.num_labels, len(logits))
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
-
-
-def _pool(hidden: Tensor, attention_mask: Tensor | None, strategy: str) -> Tensor:
-    """The last, the mean or the largest of each row's real hidden states (b, l, d_model): (b, d_model)."""
-    real = torch.ones_like(hidden[..., 0], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if not torch.compiler.is_compiling() and not real.any(1).all():
-        raise ValueError("input_ids must have at least one real token in every row to pool over, got a row of none")
-    if strategy == "last":
-        last = (torch.arange(hidden.shape[1], device=hidden.device) * real).argmax(1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last]
-    if strategy == "mean":
-        sums = hidden.masked_fill(~real[..., None], 0).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        return (sums / real.sum(1, keepdim=True)).to(hidden.dtype)
-    return hidden.masked_fill(~real[..., None], -math.inf).amax(1)
 
 
 Mamba2ForFeatureExtraction = Mamba2Model  # hidden states: MiniMamba
@@ -869,10 +857,7 @@ class Mamba2(Mamba2Mixer):
     """mamba2-minimal's: the layer, from a config; and state-spaces': from the fields of one, d_model among them."""
 
     def __init__(self, config: Mamba2Config | None = None, **fields: Any) -> None:
-        if (config is None) != ("d_model" in fields) or (config is not None and fields):
-            got = f"{type(config).__name__} and {', '.join(fields) or 'no fields'}"
-            raise TypeError(f"Mamba2, the layer (not Mamba2ForCausalLM), needs a config or d_model=, got {got}")
-        super().__init__(Mamba2Config(**fields) if config is None else config)
+        super().__init__(Mamba2Config(**fields) if config is None else replace(config, **fields))
 
 
 # -------------------------------------- 8. Checkpoints, and what a config allows --------------------------------------
@@ -893,19 +878,6 @@ LAYER, SSM_CFG_IGNORED = "Mamba2", {"chunk_size", "conv_init", "use_mem_eff_path
 SSM_CFG_FIXED = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
 
 
-def _config_from(stored: Mapping[str, Any]) -> Mamba2Config:
-    """The settings in a checkpoint's config.json; ValueError for a model that this file does not implement."""
-    if "model_type" not in stored:
-        return Mamba2Config.from_dict(_from_state_spaces(stored))
-    model_type = stored["model_type"]
-    use = "mamba.py" if model_type in ("mamba", "falcon_mamba") else "transformers"
-    _require(model_type == "mamba2", f"model_type must be 'mamba2' in this file, got {model_type!r}: use {use}")
-    config, num_heads = Mamba2Config.from_dict(_from_transformers(stored)), stored.get("num_heads", 128)
-    sizes = f"expand * hidden_size / head_dim ({config.nheads})"
-    _require(num_heads == config.nheads, f"num_heads must be {sizes}, got {num_heads}")
-    return config
-
-
 def _to_transformers(config: Mamba2Config) -> dict[str, Any]:
     """The fields of a config.json of transformers, which reads vocab_size as the number of rows, padding included."""
     stored = {name: getattr(config, ours) for ours, name in re.findall(r"(\w+)=(\w+)", TRANSFORMERS_FIELDS)}
@@ -915,21 +887,25 @@ def _to_transformers(config: Mamba2Config) -> dict[str, Any]:
     return stored | own | {"num_heads": config.nheads, "chunk_size": config.chunk_size}
 
 
-def _from_transformers(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ours from a config.json of transformers; what we don't use is ignored."""
-    for name, *allowed in (("hidden_act", "silu", "swish"), ("quantization_config", None)):
+def _from_transformers(stored: Mapping[str, Any]) -> Mamba2Config:
+    """The config in a config.json of transformers; what we don't use is ignored."""
+    use = "mamba.py" if stored["model_type"] in ("mamba", "falcon_mamba") else "transformers"
+    for name, *allowed in (("model_type", "mamba2"), ("hidden_act", "silu", "swish"), ("quantization_config", None)):
         value = stored.get(name, allowed[0])
-        _require(value in allowed, f"{name} must be {allowed[0]!r} in this file, got {value!r}: use transformers")
+        _require(value in allowed, f"{name} must be {allowed[0]!r} in this file, got {value!r}: use {use}")
     named = {ours: stored[name] for ours, name in re.findall(r"(\w+)=(\w+)", TRANSFORMERS_FIELDS) if name in stored}
     rows = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])  # there each may be a token, here not
     tokens = rows if "transformers_version" in stored else stored.get("unpadded_vocab_size", rows)
     multiple = stored.get("pad_vocab_size_multiple")
     multiple = multiple if rows and type(multiple) is int and multiple > 0 and rows % multiple == 0 else rows or 1
-    return TRANSFORMERS_DEFAULTS | named | {"vocab_size": tokens, "pad_vocab_size_multiple": multiple}
+    sizes = {"vocab_size": tokens, "pad_vocab_size_multiple": multiple}
+    config, heads = Mamba2Config.from_dict(TRANSFORMERS_DEFAULTS | named | sizes), stored.get("num_heads", 128)
+    _require(heads == config.nheads, f"num_heads must be expand * hidden_size / head_dim {config.nheads}, got {heads}")
+    return config
 
 
-def _from_state_spaces(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of ours from a config.json of state-spaces/mamba."""
+def _from_state_spaces(stored: Mapping[str, Any]) -> Mamba2Config:
+    """The config in a config.json of state-spaces/mamba."""
     _require("d_model" in stored, "config.json has neither model_type (transformers) nor d_model (state-spaces)")
     ssm_cfg = {"layer": "Mamba1"} | (stored.get("ssm_cfg") or {})
     layer = ssm_cfg.pop("layer")
@@ -943,7 +919,8 @@ def _from_state_spaces(stored: Mapping[str, Any]) -> dict[str, Any]:
     _require(not wrong, f"config.json is of a model that this file does not implement, with {wrong}: use mamba_ssm")
     # Without a word of it, the end of text is GPT-NeoX's, as in transformers' copies of these checkpoints.
     eos = 0 if stored.get("eos_token_id") is None else stored["eos_token_id"]
-    return {name: value for name, value in (stored | ssm_cfg).items() if name in ours} | {"eos_token_id": eos}
+    values = {name: value for name, value in (stored | ssm_cfg).items() if name in ours}
+    return Mamba2Config(**values | {"eos_token_id": eos})
 
 
 WEIGHT_FILES = [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
@@ -983,21 +960,24 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _stored_tensors(directory: Path) -> dict[str, Tensor]:
     """A checkpoint's tensors by our names, as views of mapped files where that can be: read when used."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not (there := [name for name in WEIGHT_FILES if (directory / name).exists()]):
         raise OSError(f"can't load {str(directory)!r}: it has none of {', '.join(WEIGHT_FILES)}")
-    is_index, tensors = there[0].endswith(".index.json"), {}
-    for name in sorted(set(_read_json(directory / there[0])["weight_map"].values())) if is_index else there[:1]:
-        path = directory / name
-        try:
-            if name.endswith(".safetensors"):
-                tensors |= load_file(path)
+    path, tensors = directory / there[0], {}
+    try:
+        names = set(_read_json(path)["weight_map"].values()) if path.suffix == ".json" else there[:1]
+        for path in sorted(directory / name for name in names):
+            _require(path.parent == directory, "it is not in the directory")
+            if path.suffix == ".safetensors":
+                more = load_file(path)
             else:  # torch before 1.6 wrote no zip files, which alone can be mapped
-                tensors |= torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-        except SafetensorError as error:
-            raise OSError(f"can't load {path}: {error}") from None
+                more = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+            real = all(v.is_floating_point() and v.layout == torch.strided for v in more.values())
+            _require(real and tensors.keys().isdisjoint(more), "its tensors must be real, dense, and in no other shard")
+            tensors |= more
+    except Exception as error:  # of as many kinds as there are ways to damage a file
+        raise OSError(f"can't load {path}: {type(error).__name__}, {error}") from error
     return {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in tensors.items()}
 
 
@@ -1008,7 +988,8 @@ def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Map
     stored, elsewhere = _read_json(directory / "config.json"), directory / "generation_config.json"
     if stored.get("eos_token_id") is None and elsewhere.exists():
         stored["eos_token_id"] = _read_json(elsewhere).get("eos_token_id")
-    config, tensors = _config_from(stored), _stored_tensors(directory)
+    config = (_from_transformers if "model_type" in stored else _from_state_spaces)(stored)
+    tensors = _stored_tensors(directory)
     if (head := tensors.get("lm_head.weight")) is not None:  # tensors count more than the config
         embedding = tensors.setdefault("embeddings.weight", head)
         config.tie_embeddings = config.tie_embeddings and torch.equal(head, embedding.to(head.dtype))
@@ -1043,8 +1024,9 @@ def _save(model: Mamba2PreTrained, directory: Path, state_dict: Mapping[str, Ten
     from huggingface_hub import save_torch_state_dict
 
     sharded = state_dict is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    how = "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict, full_state_dict=True"
-    _require(not sharded, f"the model's parameters are sharded: {how}, and give the result as state_dict")
+    _require(
+        not sharded, "state_dict must be given (get_model_state_dict's, full) where parameters are sharded, got None"
+    )
     wrappers = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile's, activation checkpointing's
     tensors = dict(model.named_parameters()) if state_dict is None else state_dict
     tensors = {wrappers.sub("", name): tensor.detach() for name, tensor in tensors.items()}
@@ -1079,17 +1061,13 @@ def _check_fields(config: Mamba2Config) -> None:
         fits = value in kinds if get_origin(f.type) is Literal else type(value) in kinds
         if type(value) in (int, float):
             fits = fits and 0 <= value < math.inf and (value > 0 or f.name in may_be_0)
+        elif type(value) in (list, tuple):
+            fits = fits and all(type(v) is int or (type(v) is float and int not in kinds) for v in value)
         names = {int: "a positive integer", float: "a positive number", bool: "True or False", type(None): "None"}
-        names |= {list: "a list", tuple: "a tuple", str: "a word"}
+        names |= {list: "a list of numbers", tuple: "a tuple", str: "a word"}
         _require(fits, f"{f.name} must be {' or '.join(names.get(k, repr(k)) for k in kinds)}, got {value!r}")
     _require(config.dt_min <= config.dt_max, f"dt_max must be at least dt_min ({config.dt_min}), got {config.dt_max}")
     _require(config.dropout < 1, f"dropout must be in [0, 1), got {config.dropout}")
-    eos = config.eos_token_id
-    _require(eos is None or _are_ids(eos), f"eos_token_id must be an integer, a list of them or None, got {eos!r}")
-
-
-def _are_ids(value: Any) -> bool:
-    return all(type(token) is int for token in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def _require(holds: bool, message: str) -> None:
@@ -1107,16 +1085,12 @@ def main() -> None:
     from tokenizers import Tokenizer
     from tokenizers.decoders import DecodeStream
 
-    here = Path(globals().get("__file__", "")).parent  # there is no file when this is pasted into a notebook
+    stored = Path(globals().get("__file__", "")).parent / "pretrained/shakespeare-mamba2"  # a notebook has no __file__
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
     parser.add_argument("prompt", nargs="?", help="the text to continue; read from standard input when piped")
     add = functools.partial(parser.add_argument, help="(default: %(default)s)")
-    add(
-        "--model",
-        default=str(here / "pretrained" / "shakespeare-mamba2"),
-        help="a directory or a name on the model hub",
-    )
+    add("--model", default=str(stored), metavar="DIRECTORY_OR_NAME")
     add("--max-new-tokens", type=int, default=500)
     add("--temperature", type=float, default=0.8)
     add("--top-k", type=int, default=0)

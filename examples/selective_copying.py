@@ -102,7 +102,7 @@ class InvariantMixer(MambaMixer):
         self.C = nn.Parameter(torch.randn(config.d_inner, config.d_state))
         del self.x_proj, self.dt_proj
 
-    def forward(self, x: Tensor, state: None = None, lengths: None = None) -> Tensor:
+    def forward(self, x: Tensor, *state_lengths_seq_idx: None) -> Tensor:
         l = x.shape[1]
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
         u = F.silu(self.conv1d(u))
