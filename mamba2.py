@@ -187,10 +187,9 @@ def ssd(
 
         state_t = exp(dt_t A) state_{t-1} + dt_t x_t B_t^T        y_t = state_t C_t + D x_t
 
-    x: (b, l, h, p); dt: (b, l, h), not negative, its type is that of the computation; A: (h,), negative; B, C:
-    (b, l, g, n), each shared by h / g heads; initial_state: (b, h, p, n) and D: (h,), zero when None; starts: (b, l),
-    true where the state before is forgotten. Returns y (b, l, h, p) and the final state (b, h, p, n). Raises
-    ValueError for arguments that don't fit.
+    x: (b, l, h, p); dt: (b, l, h), not negative, of the computation's type; A: (h,), negative; B, C: (b, l, g, n), each
+    shared by h / g heads; initial_state: (b, h, p, n) and D: (h,), zero when None; starts: (b, l), true where the state
+    before is forgotten. Returns y, like x, and the final state. Raises ValueError for arguments that don't fit.
     """
     _check("x", x, "b", "l", "h", "p")
     _check("B", B, *x.shape[:2], "g", "n")
