@@ -198,8 +198,7 @@ def ssd(
     for name, v, *shape in [("dt", dt, b, l, h), ("A", A, h), ("C", C, b, l, g, n), *more]:
         _check(name, v, *shape)
     _check("starts", starts, b, l, kind="integer")
-    if h % g or chunk_size < 1:
-        raise ValueError(f"B's groups must divide x's heads, chunk_size be positive, got {g}, {h} and {chunk_size}")
+    _require(h % g == 0 < chunk_size, f"B's groups must divide x's heads, chunk_size be > 0, got {g}, {h}, {chunk_size}")
     x, A, B, C = (v.to(dt.dtype) for v in (x, A, B, C))
     state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dt.dtype)
     with _full_precision(x):
@@ -426,14 +425,15 @@ class Mamba2PreTrained(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors (sharded above 5 GB) in transformers' format.
 
-        state_dict: the weights, where those of the model are sharded over processes. Raises ValueError, and writes
-            nothing, unless names and shapes are those of a model with this config.
+        state_dict: the weights, where the model's are sharded over processes. Unless they fit the config a ValueError.
         """
         _save(self, Path(directory), state_dict)
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
-        """Set config.gradient_checkpointing: blocks are recomputed in the backward pass. The name is transformers'."""
+        """Set config.gradient_checkpointing: blocks are recomputed in the backward pass (transformers' name)."""
         self.config.gradient_checkpointing = True
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # transformers 6
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms, if any."""

@@ -481,14 +481,15 @@ class Mamba3PreTrained(nn.Module):
         """Write config.json, generation_config.json and model.safetensors (sharded above 5 GB).
 
         safe_serialization: False writes pytorch_model.bin, with lm_head.weight, which the official package loads.
-        state_dict: the weights, where those of the model are sharded over processes. Raises ValueError, and writes
-            nothing, unless names and shapes are those of a model with this config.
+        state_dict: the weights, where the model's are sharded over processes. Unless they fit the config a ValueError.
         """
         _save(self, Path(directory), state_dict, safe_serialization)
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
-        """Set config.gradient_checkpointing: blocks are recomputed in the backward pass. The name is transformers'."""
+        """Set config.gradient_checkpointing: blocks are recomputed in the backward pass (transformers' name)."""
         self.config.gradient_checkpointing = True
+
+    activation_checkpointing_enable = gradient_checkpointing_enable  # transformers 6
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms, if any."""

@@ -1042,6 +1042,23 @@ def test_a_state_is_forgotten_where_a_document_starts(heart, way):
     assert_all_close(gradients(got, inputs), gradients(wanted, inputs))
 
 
+def test_transformers_trainer_trains_packed_documents_and_transformers_opens_the_result(first_file, tmp_path):
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    model = tiny(first_file)
+    data = [{"input_ids": row[:n].tolist()} for n, row in zip(range(5, 21), random_ids(16, 20, vocab=9), strict=True)]
+    pack = transformers.DataCollatorWithFlattening(return_position_ids=False, return_seq_idx=True)
+    settings = dict(max_steps=6, per_device_train_batch_size=8, learning_rate=0.01, logging_steps=1, save_strategy="no")
+    quiet = dict(use_cpu=True, report_to=[], disable_tqdm=True)
+    arguments = transformers.TrainingArguments(tmp_path / "trainer", **settings, **quiet)
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, data_collator=pack)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
+    model.eval().save_pretrained(tmp_path)
+    theirs, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path), random_ids(2, 30, vocab=9)
+    assert error(logits_of(model, ids), their_logits(theirs, ids)) <= 1e-5
+
+
 # Compiled and exported ------------------------------------------------------------------------------------------------
 
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))

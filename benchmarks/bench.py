@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import platform
 import re
+import resource
 import statistics
 import sys
 import time
@@ -259,12 +260,16 @@ def memory(bench: Bench) -> str:
                 if bench.device.type == "cuda":
                     results[name] = peak(family.name, name, l, "cuda")
                 else:
-                    with multiprocessing.get_context("spawn").Pool(1) as process:  # a fresh one
-                        results[name] = process.apply_async(peak, (family.name, name, l)).get(LIMIT + 30)
+                    results[name] = in_a_fresh_process(peak, family.name, name, l)
             except Exception as error:
                 results[name] = words(name, error)
         parts.append(table(f"{family.title}, float32, l", {str(l): results}, 1e-6, "least of a peer / ours"))
     return "\n\n".join(parts)
+
+
+def in_a_fresh_process(function: Callable[..., float], *args: Any, limit: float = LIMIT + 30) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        return process.apply_async(function, args).get(limit)
 
 
 def peak(family: str, name: str, l: int, device: str = "cpu") -> float:
@@ -280,10 +285,14 @@ def peak(family: str, name: str, l: int, device: str = "cpu") -> float:
         return float(torch.cuda.max_memory_allocated() - before)
     ctypes.CDLL(None).malloc_trim(0)  # give back what the warm-up freed, so that none of it is used again unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew; ru_maxrss would start from the parent's
-    status = re.compile(r"VmHWM:\s+(\d+) kB\nVmRSS:\s+(\d+) kB")
-    before = int(status.search(Path("/proc/self/status").read_text())[2])
+    before = status("VmRSS")
     work()
-    return 1024.0 * (int(status.search(Path("/proc/self/status").read_text())[1]) - before)
+    return status("VmHWM") - before
+
+
+def status(name: str) -> float:
+    """Bytes that Linux counts for this process: VmRSS those it has, VmHWM the most it had."""
+    return 1024.0 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 # --- Models: generated tokens, long prompts ---------------------------------------------------------------------------
@@ -325,6 +334,42 @@ def compiled_greedy(family: Family, model: nn.Module) -> Callable[[Tensor, int],
         return torch.cat([*tokens, logits.argmax(-1, keepdim=True)], dim=1)
 
     return generate
+
+
+def training_memory(bench: Bench) -> str:
+    """Peak memory of a process that trains a 130M model, with and without gradient checkpointing."""
+    l, n_layer = (64, 2) if bench.quick else (2048, 24)
+    part, rows = f"## Training 130M parameters, {n_layer} layers, AdamW, float32, batch 1, l {l}: peak memory, GB", {}
+    if bench.device.type == "cpu" and not Path("/proc/self/clear_refs").exists():
+        return f"{part}\n\nLeft out: it is read from Linux's /proc."
+    for family, way in itertools.product(FAMILIES.values(), ("", ", checkpointing")):
+        rows[family.title + way] = results = {}
+        for name in ("ours", *[peer.name for peer in family.peers if peer.config][:2]):
+            args = (family.name, name, bool(way), l, n_layer, bench.device.type)
+            try:
+                results[name] = in_a_fresh_process(trained, *args, limit=10 * LIMIT)
+            except Exception as error:
+                results[name] = words(name, error)
+    return f"{part}\n\n{table('model', rows, 1e-9, 'least of a peer / ours')}"
+
+
+def trained(family: str, name: str, checkpointing: bool, l: int, n_layer: int, device: str) -> float:
+    """Bytes that two steps of training take in all; on a CPU, call it in a fresh process, which may take 20 GB."""
+    if device == "cpu":
+        resource.setrlimit(resource.RLIMIT_AS, (20 * 10**9, 20 * 10**9))
+    torch.cuda.reset_peak_memory_stats() if device == "cuda" else None
+    ours = FAMILIES[family].build("ForCausalLM", n_layer=n_layer).to(device)
+    peers = {peer.name: peer for peer in FAMILIES[family].peers}
+    model, options = (ours, {"loss_only": True}) if name == "ours" else (their_model(peers[name], ours), {})
+    del ours
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer, ids = torch.optim.AdamW(model.train().parameters()), torch.randint(50277, (1, l), device=device)
+    for _ in range(2):  # the first makes the optimizer's state
+        model(ids, labels=ids, **options)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(torch.cuda.max_memory_allocated()) if device == "cuda" else status("VmHWM")
 
 
 def bandwidth(bench: Bench) -> float:
@@ -377,7 +422,7 @@ def prefill(bench: Bench) -> str:
 # --- The page and the command line ------------------------------------------------------------------------------------
 
 SECTIONS = {"forward": functools.partial(layers, backward=False), "training": functools.partial(layers, backward=True)}
-SECTIONS |= {"memory": memory, "decoding": decoding, "prefill": prefill}
+SECTIONS |= {"memory": memory, "training-memory": training_memory, "decoding": decoding, "prefill": prefill}
 HOW_TO_READ = f"""\
 Compare the ratios. The times belong to this machine and this hour. The works of a table took turns in one process; a
 figure is the median of up to {RUNS} runs (with --quick, 2), as many as fit into {BUDGET:.0f} seconds, after one that
@@ -391,6 +436,7 @@ d_model {D_MODEL}, batch 1 and the same weights everywhere.
 - **transformers** runs its plain PyTorch path; Mamba-1 has a second one with use_mambapy. **q** is the chunk size of
   SSD. **minimamba** computes another function: it adds the bias of dt twice and gates without SiLU.
 - **ours, compiled**: each token by `torch.compile(model.advance, fullgraph=True)`; **ours** is `generate`.
+- **training**: the memory of the whole process (20 GB at most) after two steps; **checkpointing**: blocks are recomputed.
 - **kernels, ours**: how many one forward of our layer launches on the GPU.
 """
 
