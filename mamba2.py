@@ -198,7 +198,7 @@ def ssd(
     for name, v, *shape in [("dt", dt, b, l, h), ("A", A, h), ("C", C, b, l, g, n), *more]:
         _check(name, v, *shape)
     _check("starts", starts, b, l, kind="integer")
-    _require(h % g == 0 < chunk_size, f"B's groups must divide x's heads, chunk_size be > 0, got {g}, {h}, {chunk_size}")
+    _require(h % g == 0 < chunk_size, f"B's groups must divide the heads, chunk_size be > 0: {g}, {h}, {chunk_size}")
     x, A, B, C = (v.to(dt.dtype) for v in (x, A, B, C))
     state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dt.dtype)
     with _full_precision(x):

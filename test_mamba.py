@@ -1726,7 +1726,7 @@ def test_generation_ends_where_the_config_says_unless_told_otherwise(file, of_co
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "any"])
 def test_a_padded_batch_generates_what_each_row_generates_alone(file, side, use_cache):
     model, (ids, mask, rows) = tiny(file, noise=0.3, bias=True), padded_batch([20, 11, 3, 1], side)
     out = model.generate(ids, 12, temperature=0, attention_mask=mask, use_cache=use_cache)
@@ -1735,7 +1735,7 @@ def test_a_padded_batch_generates_what_each_row_generates_alone(file, side, use_
         assert new.tolist() == model.generate(row, 12, temperature=0, use_cache=not use_cache)[0, -12:].tolist()
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "any"])
 def test_a_long_prompt_is_read_in_segments_like_each_row_in_one_pass(file, side):
     model, params, sizes = tiny(file, d_model=16, n_layer=1, bias=True), file.module.InferenceParams(), []
     ids, mask, rows = padded_batch([3000, 1400, 20], side)
@@ -1803,9 +1803,9 @@ def test_one_prefix_serves_many_questions(file):
     assert_same_states(states(state), before, 0)  # what was selected from is as it was
 
 
-PROMPT, HOLES, NOTHING = random_ids(2, 5), torch.eye(2).repeat(1, 3)[:, :5], torch.tensor([[1] * 5, [0] * 5])
+PROMPT, NOTHING = random_ids(2, 5), torch.tensor([[1] * 5, [0] * 5])
 WRONG_ARGUMENTS = dict(input_ids=[PROMPT[:, :0], torch.randn(2, 3, 32), PROMPT + 5000], eos_token_id=["</s>", [1, 2.5]])
-WRONG_ARGUMENTS |= dict(attention_mask=[HOLES, NOTHING, PROMPT[:1]], temperature=[-0.5, math.nan, math.inf])
+WRONG_ARGUMENTS |= dict(attention_mask=[2 * PROMPT + 2, NOTHING, PROMPT[:1]], temperature=[-0.5, math.nan, math.inf])
 WRONG_ARGUMENTS |= dict(max_new_tokens=[-1, 2.5], top_k=[-1, 2.5], top_p=[0.0, 1.5])
 
 
@@ -1966,7 +1966,7 @@ def test_everything_is_short_enough_to_be_read(file):
     longest = max(f.end_lineno - f.lineno + 1 for f in functions)
     sizes = dict(lines=source_of(file.name).count("\n"), end=end, functions=len(functions), longest=longest)
     limits = dict(zip(sizes, (*LIMITS[file.name], 85, 55), strict=True))
-    for path, limit in {"README.md": 240, "benchmarks/bench.py": 450, Path(__file__).name: 2700}.items():
+    for path, limit in {"README.md": 240, "benchmarks/bench.py": 500, Path(__file__).name: 2700}.items():
         sizes[path], limits[path] = (ROOT / path).read_text(encoding="utf-8").count("\n"), limit
     assert {name: size for name, size in sizes.items() if size > limits[name]} == {}
 

@@ -436,7 +436,7 @@ d_model {D_MODEL}, batch 1 and the same weights everywhere.
 - **transformers** runs its plain PyTorch path; Mamba-1 has a second one with use_mambapy. **q** is the chunk size of
   SSD. **minimamba** computes another function: it adds the bias of dt twice and gates without SiLU.
 - **ours, compiled**: each token by `torch.compile(model.advance, fullgraph=True)`; **ours** is `generate`.
-- **training**: the memory of the whole process (20 GB at most) after two steps; **checkpointing**: blocks are recomputed.
+- **training**: the memory of the whole process (20 GB at most) after two steps, with blocks recomputed or not.
 - **kernels, ours**: how many one forward of our layer launches on the GPU.
 """
 
