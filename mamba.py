@@ -94,14 +94,14 @@ class MambaConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
         self.d_inner = self.expand * self.d_model if self.d_inner is None else self.d_inner
-        self.dt_rank = math.ceil(self.d_model / 16) if self.dt_rank == "auto" else self.dt_rank
+        self.dt_rank = -(-self.d_model // 16) if self.dt_rank == "auto" else self.dt_rank
         _require(type(self.dt_rank) is int, f"dt_rank must be a positive integer or 'auto', got {self.dt_rank!r}")
 
     @property
     def padded_vocab_size(self) -> int | None:
         """Rows of the embedding: vocab_size, rounded up to a multiple of pad_vocab_size_multiple."""
         multiple = self.pad_vocab_size_multiple
-        return None if self.vocab_size is None else math.ceil(self.vocab_size / multiple) * multiple
+        return None if self.vocab_size is None else -(-self.vocab_size // multiple) * multiple
 
     to_dict = asdict
 
@@ -167,7 +167,7 @@ def selective_scan(
         ("initial_state", initial_state, b, e, n), ("D", D, e), ("z", z, b, l, e),
     ):  # fmt: skip
         _check(name, v, *shape)
-    _check("starts", starts, b, l, kind="integer")
+    _check("starts", starts, b, l, kind="boolean")
     u, A, B, C = (v.to(dt.dtype) for v in (u, A, B, C))
     h = dt.new_zeros(b, e, n) if initial_state is None else initial_state.to(dt.dtype)
     if pieces is not None and pieces < 1:
@@ -556,7 +556,7 @@ class MambaEncoder(MambaPreTrained):
         if inference_params is not None:
             stored, all_layers = inference_params.key_value_memory_dict, range(len(self.layers))
             if stored and stored.keys() != set(all_layers):
-                raise ValueError(f"inference_params must hold states of {all_layers} or none, got {sorted(stored)}")
+                raise ValueError(f"inference_params must hold states of {all_layers} or none, got {list(stored)}")
             states = [LayerState(*stored.get(i, ())) for i in all_layers]
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, state in zip(self.layers, states, strict=True):
@@ -625,8 +625,10 @@ class MambaForCausalLM(MambaPreTrained):
             and "logits", or with loss_only of "loss" alone: that never holds the logits of all positions.
         num_last_tokens: k > 0 gives the logits of the last k positions alone.
         """
-        most = math.inf if labels is None else 0
-        _require(0 <= num_last_tokens <= most, f"num_last_tokens must be 0 (all) to {most}, got {num_last_tokens}")
+        fits = type(num_last_tokens) is int and 0 <= num_last_tokens <= (math.inf if labels is None else 0)
+        _require(
+            fits, f"num_last_tokens must be an integer, 0 (all) or greater without labels, got {num_last_tokens!r}"
+        )
         if labels is not None:
             labels = _next_labels(labels, attention_mask, seq_idx, input_ids.shape[:2], self.config.padded_vocab_size)
         hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask, seq_idx=seq_idx)
@@ -642,7 +644,7 @@ class MambaForCausalLM(MambaPreTrained):
     @torch.no_grad()
     def step(self, token_ids: Tensor, inference_params: Any) -> Tensor:
         """Logits (b, padded_vocab_size) after one more token (b,): time and memory don't depend on what came before."""
-        return self(token_ids[:, None], inference_params)[:, -1]
+        return self(token_ids[..., None], inference_params)[:, -1]
 
     @torch.no_grad()
     def advance(self, token_ids: Tensor, states: "States") -> tuple[Tensor, "States"]:
@@ -651,7 +653,7 @@ class MambaForCausalLM(MambaPreTrained):
         states: the `key_value_memory_dict` of a cache; {} at the start of a sequence.
         """
         cache = InferenceParams(dict(states))
-        return self(token_ids[:, None], cache)[:, -1], cache.key_value_memory_dict
+        return self(token_ids[..., None], cache)[:, -1], cache.key_value_memory_dict
 
     def generate(
         self, input_ids: Tensor, max_new_tokens: int = 50, temperature: float = 1.0, top_k: int | None = None,
@@ -681,7 +683,7 @@ class MambaForCausalLM(MambaPreTrained):
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Module:
         """Give embedding and head rows for vocab_size tokens; rows that are new start as in a new model."""
-        config = replace(self.config, vocab_size=vocab_size)  # checks it
+        config = replace(self.config, vocab_size=vocab_size or 0)  # checks it
         for part in {self.get_input_embeddings(), self.get_output_embeddings()}:
             old = part.weight.detach()
             new = old.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
@@ -693,11 +695,11 @@ class MambaForCausalLM(MambaPreTrained):
 
 
 def _check(name: str, x: Tensor | None, *shape: int | str, kind: str = "real") -> None:
-    """Raise ValueError unless x is None, or real (or integer) and of this shape; a letter stands for any size."""
+    """Raise ValueError unless x is None, or of this kind and this shape, in which a letter stands for any size."""
     if x is None:
         return
-    real = x.is_floating_point()
-    fits = (real if kind == "real" else not real and not x.is_complex()) and x.ndim == len(shape)
+    kinds = {"real": x.is_floating_point(), "boolean": x.dtype == torch.bool}
+    fits = kinds.get(kind, x.dtype in (torch.int64, torch.int32)) and x.ndim == len(shape)
     if not fits or any(type(s) is not str and s != n for s, n in zip(shape, x.shape, strict=True)):
         wanted = f"({', '.join(map(str, shape))})"
         raise ValueError(f"{name} must be {kind}, of shape {wanted}, got {x.dtype} of shape {tuple(x.shape)}")
@@ -714,7 +716,7 @@ def _check_ids(name: str, ids: Tensor, size: int, *shape: int | str) -> None:
 def _real_first(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
     """The positions (b, l) of each row's real tokens, then the others, and how many are real (b,); None if all are."""
     real = attention_mask.bool()
-    _check("attention_mask", real, *shape, kind="integer")
+    _check("attention_mask", real, *shape, kind="boolean")
     if not torch.compiler.is_compiling():  # compiled code doesn't look at values
         _require(torch.equal(attention_mask, real.to(attention_mask.dtype)), "attention_mask must hold 0 and 1 alone")
         if real.all():
@@ -792,7 +794,7 @@ class InferenceParams:
     def select(self, rows: Tensor | Sequence[int]) -> "InferenceParams":
         """A copy with these rows of the batch, chosen, repeated or reordered: beams, several answers to one prompt."""
         layers = self.key_value_memory_dict.items()
-        states = {i: tuple(v[torch.as_tensor(rows, device=v.device)] for v in state) for i, state in layers}
+        states = {i: tuple(v.index_select(0, torch.as_tensor(rows, device=v.device)) for v in s) for i, s in layers}
         return replace(self, key_value_memory_dict=states)
 
     def get_cache_info(self) -> dict[str, float]:
@@ -816,8 +818,10 @@ def _generate(
     is_count = type(max_new_tokens) is int and max_new_tokens >= 0
     _require(is_count, f"max_new_tokens must be an integer, 0 or greater, got {max_new_tokens!r}")
     token_probabilities(torch.empty(0, 1), temperature, top_k, top_p)  # checks them, before anything is read
+    torch.rand(0, device=unread.device, generator=generator)  # likewise
     eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
-    _require(all(type(i) is int for i in eos), f"eos_token_id must be None, an integer or a list of them, got {eos}")
+    are_tokens = all(type(i) is int and 0 <= i < model.config.padded_vocab_size for i in eos)
+    _require(are_tokens, f"eos_token_id must be None, a token or a list of them, got {eos}")
     _require(use_cache or inference_params is None, "use_cache must be True with inference_params, got False")
     cache, mask = InferenceParams() if inference_params is None else inference_params, attention_mask
     if mask is not None and _real_first(mask, unread.shape)[0] is not None:
@@ -857,10 +861,11 @@ def token_probabilities(
 
     The same tokens have any as with transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper in turn.
     """
-    _require(0 <= temperature < math.inf, f"temperature must be 0 (greedy) or greater, got {temperature!r}")
-    is_count = top_k is None or (type(top_k) is int and top_k >= 0)
-    _require(is_count, f"top_k must be None or an integer, 0 (all) or greater, got {top_k!r}")
-    _require(0 < top_p <= 1, f"top_p must be in (0, 1], got {top_p!r}")
+    fits = type(temperature) in (int, float) and 0 <= temperature < math.inf
+    _require(fits, f"temperature must be 0 (greedy) or greater, got {temperature!r}")
+    fits = top_k is None or (type(top_k) is int and top_k >= 0)
+    _require(fits, f"top_k must be None or an integer, 0 (all) or greater, got {top_k!r}")
+    _require(type(top_p) in (int, float) and 0 < top_p <= 1, f"top_p must be in (0, 1], got {top_p!r}")
     logits = logits - logits.amax(-1, keepdim=True)  # the largest is 0, which no temperature makes infinite
     logits = logits / max(temperature, torch.finfo(logits.dtype).tiny)
     if top_k and top_k < logits.shape[-1]:
@@ -1035,7 +1040,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
         stored = json.loads(text, object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d)
-    except ValueError as error:  # not JSON, or no text at all
+    except (ValueError, TypeError, RecursionError) as error:  # not JSON, or no text at all
         raise ValueError(f"can't read {path}: {error}") from None
     _require(isinstance(stored, dict), f"{path} must hold a JSON object, got a {type(stored).__name__}")
     return stored
@@ -1056,28 +1061,34 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
                 more = load_file(path)
             else:  # torch before 1.6 wrote no zip files, which alone can be mapped
                 more = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-            real = all(v.is_floating_point() and v.layout == torch.strided for v in more.values())
-            _require(real and tensors.keys().isdisjoint(more), "its tensors must be real, dense, and in no other shard")
+            more = {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in more.items()}
+            stored = [
+                v.is_cpu and v.layout == torch.strided and v.nbytes <= len(v.untyped_storage()) for v in more.values()
+            ]
+            _require(all(stored) and tensors.keys().isdisjoint(more), "it must hold dense tensors, each in one file")
             tensors |= more
     except Exception as error:  # of as many kinds as there are ways to damage a file
-        raise OSError(f"can't load {path}: {type(error).__name__}, {error}") from error
-    return {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in tensors.items()}
+        raise OSError(f"can't load {path}: {type(error).__name__}, {str(error).partition(chr(10))[0]}") from error
+    return tensors
 
 
 def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Mapping[str, Any]) -> MambaPreTrained:
     """See `from_pretrained`. The names of tensors are without "backbone." in here."""
-    _require(dtype is None or isinstance(dtype, torch.dtype), f"dtype must be None or a torch.dtype, got {dtype!r}")
     directory = _directory(name, hub)
     stored, elsewhere = _read_json(directory / "config.json"), directory / "generation_config.json"
     if stored.get("eos_token_id") is None and elsewhere.exists():
         stored["eos_token_id"] = _read_json(elsewhere).get("eos_token_id")
-    config = (_from_transformers if "model_type" in stored else _from_state_spaces)(stored)
-    tensors = _stored_tensors(directory)
-    if (head := tensors.get("lm_head.weight")) is not None:  # tensors count more than the config
-        embedding = tensors.setdefault("embeddings.weight", head)
-        config.tie_embeddings = config.tie_embeddings and torch.equal(head, embedding.to(head.dtype))
-    with torch.device("meta"):
-        model = cls(config)
+    try:
+        config = (_from_transformers if "model_type" in stored else _from_state_spaces)(stored)
+        tensors = _stored_tensors(directory)
+        _require(config.n_layer <= len(tensors), f"n_layer must fit {len(tensors)} tensors, got {config.n_layer}")
+        if (head := tensors.get("lm_head.weight")) is not None:  # tensors count more than the config
+            embedding = tensors.setdefault("embeddings.weight", head)
+            config.tie_embeddings = config.tie_embeddings and torch.equal(head, embedding.to(head.dtype))
+        with torch.device("meta"):
+            model = cls(config)
+    except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{directory / 'config.json'} makes no model: {str(error).partition(chr(10))[0]}") from error
     names = {key.removeprefix("backbone."): key for key in model.state_dict()}
     wanted = {key: model.get_parameter(name).shape for key, name in names.items()}
     if not HEADS & tensors.keys() & wanted.keys() and hasattr(model, "classifier"):  # the weights of a language model
@@ -1088,6 +1099,8 @@ def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Map
     _check_tensors(f"the tensors of {str(name)!r}", wanted, tensors)
     if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:
         dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")).removeprefix("torch."), None)
+    real = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    _require(real, f"dtype must be None or a torch.dtype of real numbers, got {dtype!r}")
     weights = {names[key]: tensor.to(device, dtype, copy=True) for key, tensor in tensors.items()}
     model.load_state_dict(weights, assign=True)
     return model.eval()
@@ -1099,6 +1112,7 @@ def _check_tensors(what: str, wanted: Mapping[str, torch.Size], found: Mapping[s
     problems += [f"{key} is not in the model" for key in sorted(found.keys() - wanted.keys())]
     both = sorted(wanted.keys() & found.keys())
     problems += [f"{k} is {tuple(found[k].shape)}, not {tuple(wanted[k])}" for k in both if found[k].shape != wanted[k]]
+    problems += [f"{k} is {found[k].dtype}" for k in both if not found[k].is_floating_point()]
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
     _require(not problems, f"{what} do not fit: {'; '.join(problems[:5])}{more}")
 
@@ -1128,6 +1142,11 @@ def _save(model: MambaPreTrained, directory: Path, state_dict: Mapping[str, Tens
         Path(beside, "config.json").write_text(json.dumps(stored, indent=2) + "\n")
         for name in names:
             os.chmod(Path(beside, name), 0o644)
+        old = directory / "config.json"  # a save cut short must not leave one with the files of another checkpoint
+        shards = any("-of-" in name and (directory / name).exists() for name in names)
+        if old.exists() and (shards or old.read_bytes() != Path(beside, "config.json").read_bytes()):
+            old.unlink()
+        for name in names:
             os.replace(Path(beside, name), directory / name)
     for path in itertools.chain.from_iterable(map(directory.glob, WEIGHT_FILES + SHARDS)):
         if path.name not in names:  # of the checkpoint before

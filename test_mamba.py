@@ -1509,7 +1509,7 @@ def test_the_stored_type_is_kept_unless_another_is_asked_for(file, stored, tmp_p
     wanted = file.LM.from_pretrained(tmp_path, device="cpu", dtype=torch.float64)
     assert same_weights(wanted, copy.deepcopy(model).double())
     assert {p.device.type for p in file.LM.from_pretrained(tmp_path, device="meta").parameters()} == {"meta"}
-    with pytest.raises(ValueError, match=r"^dtype must be None or a torch\.dtype, got 'bfloat16'"):
+    with pytest.raises(ValueError, match=r"^dtype must be None or a torch\.dtype of real numbers, got 'bfloat16'"):
         file.LM.from_pretrained(tmp_path, dtype="bfloat16")
 
 
