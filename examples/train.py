@@ -1,43 +1,57 @@
-"""Train a byte-level Mamba, Mamba-2 or Mamba-3 language model on any text file and store it in Hugging Face format.
+"""Train a Mamba, Mamba-2 or Mamba-3 language model on text, on one processor or many, and store it for others to load.
 
-    python examples/train.py --data input.txt --model mamba --out runs/mamba      # train, and store in runs/mamba
-    python examples/train.py --data input.txt --model mamba2 --out runs/mamba2    # or mamba3
-    python examples/train.py --data input.txt --out runs/mamba --resume           # continue after an interruption
-    python examples/train.py --data input.txt --evaluate runs/mamba               # only print the validation loss
-    python mamba.py "ROMEO:" --model runs/mamba                                   # write text with it
+    python examples/train.py                                                     # a small model of Python's own help
+    python examples/train.py --data input.txt --model mamba2 --out runs/mamba2   # your text; --resume goes on with it
+    python examples/train.py --data input.txt --evaluate runs/mamba2             # only print the validation loss
+    python mamba2.py "ROMEO:" --model runs/mamba2                                # write text with it
 
-The first 90% of the bytes are for training, the last 10% for validation. The validation loss is nanoGPT's: consecutive
-windows of 256 bytes, each from a zero state, every position counted, in nats per byte and in float32. The weights that
-are evaluated and stored are a moving average of the trained ones (--ema), kept from the best evaluation, in bfloat16.
-Shapes: b batch, l sequence length, v vocabulary (the 256 byte values).
+docs/training.md has more: published checkpoints, tokenizers, several GPUs and machines. The first 90% of the tokens are
+for training, the last 10% for validation. The validation loss is nanoGPT's: consecutive windows of 256 tokens, each
+from a zero state, every position counted, in nats per token and float32. A document begins from a zero state too, and
+nothing predicts its first token. The weights that are evaluated and stored are a moving average of the trained ones
+(--ema), kept from the best evaluation, in bfloat16. Shapes: b batch, l sequence length.
 """
 
 import argparse
 import copy
+import dataclasses
+import io
 import json
 import math
 import os
-import pickle
-import struct
 import sys
+import tempfile
 import time
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from huggingface_hub import hf_hub_download
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # where train_files.py is
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where the model files are
+
+import train_files as files
+from train_files import RANK, WORLD, Corpus, total
 
 from mamba import MambaConfig, MambaForCausalLM
 from mamba2 import Mamba2Config, Mamba2ForCausalLM
 from mamba3 import Mamba3Config, Mamba3ForCausalLM
 
 LanguageModel = MambaForCausalLM | Mamba2ForCausalLM | Mamba3ForCausalLM
-WINDOW = 256  # bytes in a validation window, as in nanoGPT
-FRESH = ("data", "out", "resume", "evaluate", "device", "threads")  # options that a resumed run takes anew
+CONFIGS = {"mamba": MambaConfig, "mamba2": Mamba2Config, "mamba3": Mamba3Config}
+MODELS = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM, "mamba3": Mamba3ForCausalLM}
+WINDOW = 256  # tokens in a validation window, as in nanoGPT
+OWN = [path for name in ("email", "json", "pydoc_data") for path in Path(os.__file__).parent.glob(f"{name}/*.py")]
+FRESH = ("data", "out", "resume", "evaluate", "device", "threads", "fsdp")  # options that a resumed run takes anew
 
 
 def die(message: str) -> NoReturn:
@@ -46,58 +60,62 @@ def die(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def read_options() -> tuple[argparse.Namespace, dict]:
-    """The options, and the state to resume from (empty for a new run)."""
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = die  # one line, without the usage text
-    add = parser.add_argument
-    add("--data", required=True, type=Path, help="text file to learn")
-    add("--out", type=Path, help="directory for the model and, while training, for training_state.pt")
-    add("--resume", action="store_true", help="continue the run in --out with its options")
-    add("--evaluate", type=Path, metavar="DIR", help="only print the validation loss of the checkpoint in DIR")
-    add("--model", choices=("mamba", "mamba2", "mamba3"), default="mamba")
-    add("--d-model", type=int, default=256)
-    add("--n-layer", type=int, default=6)
+    parser.error, add = die, parser.add_argument  # one line, without the usage text
+    add("--data", nargs="+", type=Path, default=sorted(OWN), help="files, directories of *.txt (default: Python's own)")
+    add("--separator", default="", help=r"cut files into documents here: '\n\n' or other (default: nowhere)")
+    add("--tokenizer", help="a Hugging Face tokenizer, by name or directory (default: --init's, else bytes)")
+    add("--out", type=Path, help="directory for the model, log.csv and loss.png (default: runs/MODEL)")
+    add("--evaluate", metavar="DIR", help="only print the validation loss of the checkpoint in DIR")
+    add("--init", metavar="DIR", help="start from this checkpoint, a directory or a name on the model hub")
+    add("--model", choices=MODELS, default="mamba")
     add("--d-state", type=int, help="state size (default: mamba 16, others 64)")
-    add("--headdim", type=int, default=64, help="mamba2, mamba3: width of a head")
-    add("--rope-fraction", type=float, default=0.5, help="mamba3: how much of the state is rotated")
-    add("--chunk-size", type=int, default=64, help="mamba2, mamba3: steps of a chunk")
-    add("--steps", type=int, default=1500)
-    add("--batch-size", type=int, default=32)
-    add("--seq-len", type=int, default=256)
-    add("--lr", type=float, default=2e-3)
-    add("--min-lr", type=float, default=1e-4, help="learning rate at the end of the cosine")
-    add("--warmup", type=int, default=100, help="steps of linear warmup")
-    add("--weight-decay", type=float, default=0.1)
-    add("--dropout", type=float, default=0.2, help="on the embedding and on each mixer's output")
-    add("--grad-clip", type=float, default=1.0, help="largest norm of the gradient (0: no limit)")
-    add("--ema", type=float, default=0.99, help="decay of the moving average of the weights (0: no averaging)")
-    add("--eval-every", type=int, default=100, help="steps between evaluations")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
     add("--amp", action=argparse.BooleanOptionalAction, help="train in bfloat16 autocast (default: where it is fast)")
-    add("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
-    args, state = parser.parse_args(), {}
-    if not (args.out or args.evaluate):
-        die("--out (or --evaluate) is required")
-    if args.resume and not args.evaluate:
-        state = load_state(args.out / "training_state.pt")
-        vars(args).update(state["args"])
-    for name in ("steps", "batch_size", "seq_len", "eval_every"):
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
+    numbers = {"d-model": (256, ""), "n-layer": (6, ""), "headdim": (64, "mamba2, mamba3: width of a head")}
+    numbers |= {"rope-fraction": (0.5, "mamba3: how much of a state is rotated"), "chunk-size": (64, "mamba2, mamba3")}
+    numbers |= {"steps": (1500, ""), "batch-size": (32, "rows of a step, over all processes and passes")}
+    numbers |= {"accumulate": (1, "passes through a step's rows"), "seq-len": (256, "tokens that a row predicts")}
+    numbers |= {"lr": (2e-3, "largest"), "min-lr": (1e-4, "at the end of the cosine"), "warmup": (100, "steps")}
+    numbers |= {"weight-decay": (0.1, ""), "grad-clip": (1.0, "largest norm of the gradient; 0: no limit")}
+    numbers |= {"dropout": (0.2, "on the embedding and on each mixer's output"), "threads": (0, "on a CPU; 0: torch's")}
+    numbers |= {"ema": (0.99, "decay of the moving average of the weights; 0: no averaging"), "seed": (0, "")}
+    numbers |= {"eval-every": (100, "steps between evaluations"), "log-every": (5, "steps between rows of log.csv")}
+    for name, (value, text) in numbers.items():
+        add(f"--{name}", type=type(value), default=value, help=f"{text} (default: %(default)s)")
+    switches = {"resume": "go on from the last checkpoint in --out, with its options; without one, start"}
+    switches |= {"compile": "compile the blocks", "gradient-checkpointing": "compute blocks again in the backward pass"}
+    switches |= {"fsdp": "shard weights and optimizer over the processes (default: all have all)"}
+    for name, text in switches.items():
+        add(f"--{name}", action="store_true", help=text)
+    args = parser.parse_args()
+    args.out = args.out or Path("runs", args.model)
+    if args.resume and (args.out / "options.json").exists():
+        if not (args.out / "tokens.bin").exists():
+            raise ValueError(f"the run in {args.out} is finished")
+        vars(args).update(json.loads((args.out / "options.json").read_text()))
+    for name in ("steps", "batch_size", "accumulate", "seq_len", "eval_every", "log_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
     for name in ("dropout", "ema"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"{name} must be in [0, 1), got {getattr(args, name)}")
-    return args, state
+    if args.batch_size % (WORLD * args.accumulate):
+        parts = f"{WORLD} (processes) x {args.accumulate} (accumulate)"
+        raise ValueError(f"batch_size must be a multiple of {parts}, got {args.batch_size}")
+    return args
 
 
 def pick_device(args: argparse.Namespace) -> torch.device:
-    """The device. Sets args.amp, unless chosen, to whether it multiplies bfloat16 matrices in hardware."""
+    """This process's device. Sets args.amp, unless chosen, to whether it multiplies bfloat16 matrices in hardware."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.empty(0, device=best if args.device == "auto" else args.device).device
+    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    name = str(best) if args.device == "auto" else args.device
+    device = torch.empty(0, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if args.amp is None and device.type == "cpu":
         args.amp = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # bool() is False
     elif args.amp is None:
@@ -105,65 +123,39 @@ def pick_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def read_bytes(path: Path, seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The file's first 90% and last 10%, as uint8 tensors."""
-    text = path.read_bytes()
-    split = int(0.9 * len(text))
-    if split <= seq_len or len(text) - split <= WINDOW:
-        raise ValueError(f"{path} has {len(text)} bytes: 90% of them must exceed {seq_len}, and 10% {WINDOW}")
-    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    return data[:split], data[split:]
+def build(args: argparse.Namespace, tokenizer: Any) -> LanguageModel:
+    """A new model with the options' sizes, of a tokenizer's tokens or of the 256 byte values."""
+    fields = {"d_state": 16 if args.model == "mamba" else 64, "vocab_size": len(tokenizer) if tokenizer else 256}
+    fields |= {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    known = {field.name for field in dataclasses.fields(CONFIGS[args.model])} - {"dropout"}  # that of classifiers
+    fields |= {name: value for name, value in vars(args).items() if name in known and value is not None}
+    return MODELS[args.model](CONFIGS[args.model](**fields))
 
 
-def build(args: argparse.Namespace) -> LanguageModel:
-    """A new model over the 256 byte values."""
-    d_state = (16 if args.model == "mamba" else 64) if args.d_state is None else args.d_state
-    sizes = {"d_model": args.d_model, "n_layer": args.n_layer, "vocab_size": 256, "d_state": d_state}
-    if args.model == "mamba":
-        return MambaForCausalLM(MambaConfig(**sizes))
-    heads = {"headdim": args.headdim, "chunk_size": args.chunk_size}
-    if args.model == "mamba2":
-        return Mamba2ForCausalLM(Mamba2Config(**sizes, **heads))
-    return Mamba3ForCausalLM(Mamba3Config(**sizes, **heads, rope_fraction=args.rope_fraction))
-
-
-def load(directory: Path, device: torch.device) -> LanguageModel:
-    """The stored byte-level model of any kind, in float32."""
-    stored = json.loads((directory / "config.json").read_text())
+def load(name: str) -> LanguageModel:
+    """The stored model of any kind, in float32."""
+    try:
+        path = Path(name, "config.json") if Path(name).is_dir() else Path(hf_hub_download(name, "config.json"))
+    except OSError as error:
+        raise OSError(f"can't load {name!r}, which is no directory: {error}") from None
+    stored = json.loads(path.read_text())
     kind = stored.get("model_type") or stored.get("ssm_cfg", {}).get("layer", "").lower()
-    model_class = {"mamba2": Mamba2ForCausalLM, "mamba3": Mamba3ForCausalLM}.get(kind, MambaForCausalLM)
-    model = model_class.from_pretrained(str(directory), device=device, dtype=torch.float32)
-    if model.config.vocab_size != 256:
-        raise ValueError(f"{directory} is no byte-level model: vocab_size is {model.config.vocab_size}, not 256")
-    return model
+    return MODELS.get(kind, MambaForCausalLM).from_pretrained(name, dtype=torch.float32)
 
 
-def save_byte_tokenizer(directory: Path) -> None:
-    """A tokenizer for AutoTokenizer whose 256 tokens are the byte values: token 65 is "A", and no text is unknown."""
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())  # one a byte: the byte's own character where printable,
-    vocab = {symbol: ord(symbol) for symbol in symbols if ord(symbol) < 256}
-    others = [byte for byte in range(256) if chr(byte) not in vocab]  # else, in order, a character from 256 on
-    vocab |= dict(zip(symbols[-len(others) :], others, strict=True))
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    config |= {"model_input_names": ["input_ids", "attention_mask"]}  # the names that every transformers release reads
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-@torch.inference_mode()
-def evaluate(model: torch.nn.Module, val: torch.Tensor) -> float:
-    """Mean loss in nats per byte over the consecutive full windows of val (uint8), each from a zero state."""
+@torch.no_grad()
+def evaluate(model: LanguageModel, val: Corpus) -> float:
+    """Mean loss in nats per token over the consecutive full windows of val, each from a zero state."""
     model.eval()
-    windows = val.unfold(0, WINDOW + 1, WINDOW)  # (windows, 257): the last byte of one is the first of the next
-    total, device = 0.0, next(model.parameters()).device
-    for batch in windows.split(32):
-        batch = batch.to(device).long()  # (b, 257)
-        logits = model(batch[:, :-1])  # (b, 256, v)
-        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
-    return total / (len(windows) * WINDOW)
+    device, n = next(model.parameters()).device, (len(val.tokens) - 1) // WINDOW
+    result = torch.zeros(2, device=device)  # the sum of the losses, and how many they are
+    for window in torch.arange(RANK, -(-n // WORLD) * WORLD, WORLD).split(32):  # equally many in each process
+        ids, seq_idx = val.rows(window[:, None] % n * WINDOW, WINDOW + 1, device)
+        labels = ids.masked_fill((window >= n).to(device)[:, None], -100)  # these are there for their number alone
+        count = ((seq_idx[:, 1:] == seq_idx[:, :-1]) & (labels[:, 1:] != -100)).sum()
+        loss = model(ids, labels=labels, seq_idx=seq_idx, loss_only=True)["loss"]
+        result += torch.stack([torch.where(count > 0, loss * count, 0), count])
+    return (total(result)[0] / result[1]).item()
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -179,115 +171,174 @@ def add_dropout(model: LanguageModel, p: float) -> None:
 
     The first block's input stands for the embedding, which as a module is called a second time, to make the logits.
     """
-    first, *_ = model.backbone.layers
-    first.register_forward_pre_hook(lambda module, inputs: (F.dropout(inputs[0], p, module.training), *inputs[1:]))
+
+    def drop(x: Tensor, module: torch.nn.Module) -> Tensor:  # but for a row's last position, which predicts nothing
+        return torch.cat([F.dropout(x[:, :-1], p), x[:, -1:]], dim=1) if module.training else x
+
+    model.backbone.layers[0].register_forward_pre_hook(lambda module, inputs: (drop(inputs[0], module), *inputs[1:]))
     for layer in model.backbone.layers:
-        layer.mixer.register_forward_hook(lambda module, inputs, output: F.dropout(output, p, module.training))
+        layer.mixer.register_forward_hook(lambda module, inputs, output: drop(output, module))
+
+
+def distribute(model: LanguageModel, args: argparse.Namespace, device: torch.device) -> LanguageModel:
+    """The model on the device; with --fsdp a share of each weight, which are brought together while a block runs."""
+    if args.fsdp and WORLD > 1:
+        mesh = dist.init_device_mesh(device.type, (WORLD,))
+        for part in (*model.backbone.layers, model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    return model.to(device)
 
 
 def make_optimizer(model: LanguageModel, weight_decay: float) -> torch.optim.AdamW:
     """AdamW that decays matrices, but neither vectors nor what the model's no_weight_decay() names."""
-    spared = model.no_weight_decay()
-    decayed = [p for name, p in model.named_parameters() if p.dim() >= 2 and name not in spared]
-    others = [p for name, p in model.named_parameters() if p.dim() < 2 or name in spared]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups, spared = ([], []), model.no_weight_decay()
+    for name, parameter in model.named_parameters():
+        groups[parameter.dim() < 2 or name in spared].append(parameter)
+    groups = [{"params": p, "weight_decay": decay} for p, decay in zip(groups, (weight_decay, 0.0), strict=True)]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def load_state(path: Path) -> dict:
-    """What `save_state` wrote. Raises ValueError for a file that is cut off or something else."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, struct.error, pickle.UnpicklingError, RuntimeError):
-        raise ValueError(f"{path} is not a whole training state: remove it to start anew") from None
+def products_rate(device: torch.device, amp: bool) -> float:
+    """Floating-point operations a second of a large matrix product: what no step exceeds."""
+    n, seconds = 1024 if device.type == "cpu" else 8192, []
+    a = torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16 if amp else None)
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for it
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
 
 
-def save_state(state: dict, args: argparse.Namespace) -> None:
-    """Write what --resume needs, beside the old file and then in its place, so that one whole file is always there."""
-    kept = {name: value for name, value in vars(args).items() if name not in FRESH}
-    generators = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}  # the latter [] on CPUs
-    torch.save(state | generators | {"args": kept}, args.out / "training_state.tmp")
-    os.replace(args.out / "training_state.tmp", args.out / "training_state.pt")
+def step_on(model: torch.nn.Module, optimizer: torch.optim.Optimizer, text: Corpus, args: argparse.Namespace) -> Tensor:
+    """Train on a batch; the part of its mean loss that comes from this process's rows. All draw the same batch."""
+    starts = torch.randint(len(text.tokens) - args.seq_len, (args.batch_size, 1))  # (b, 1)
+    ids, seq_idx = text.rows(starts, args.seq_len + 1, next(model.parameters()).device)  # (b, l + 1)
+    counts = (seq_idx[:, 1:] == seq_idx[:, :-1]).sum(1)  # (b,): how many tokens a row predicts
+    passes, loss = torch.arange(RANK, args.batch_size, WORLD).chunk(args.accumulate), 0
+    for rows in passes:
+        is_early = isinstance(model, DistributedDataParallel) and rows is not passes[-1]
+        with model.no_sync() if is_early else nullcontext():
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=args.amp):
+                mean = model(ids[rows], labels=ids[rows], seq_idx=seq_idx[rows], loss_only=True)["loss"]
+            part = mean * counts[rows].sum() / counts.sum()
+            (part * WORLD).backward()  # gradients become the processes' mean
+        loss += part.detach()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
 
 
-def train(model: LanguageModel, data: torch.Tensor, val: torch.Tensor, args: argparse.Namespace, state: dict) -> dict:
-    """Train on data (uint8), from state unless it is empty; return the averaged weights that were best on val."""
-    device, n_parameters = next(model.parameters()).device, sum(p.numel() for p in model.parameters())
-    print(f"{args.model}, {n_parameters:,} parameters, {device}, {'bfloat16 autocast' if args.amp else 'float32'}")
-    average = copy.deepcopy(model).requires_grad_(False)
-    add_dropout(model, args.dropout)
+def sample(model: LanguageModel, val: Corpus, tokenizer: Any) -> str:
+    """What the model writes after the first 32 tokens of val."""
+    device = next(model.parameters()).device
+    prompt, generator = val.rows(torch.zeros(1, 1, dtype=int), 32, device)[0], torch.Generator(device).manual_seed(0)
+    ids = model.generate(prompt, 100, temperature=0.8, eos_token_id=(), generator=generator)[0].tolist()
+    return tokenizer.decode(ids) if tokenizer else bytes(ids).decode(errors="replace")
+
+
+def train(
+    model: LanguageModel, average: LanguageModel, text: Corpus, val: Corpus, tokenizer: Any, args: argparse.Namespace
+) -> None:
+    """Train the model; at each evaluation store the average, if it is the best on val, and a checkpoint."""
+    device, per_step = next(model.parameters()).device, args.batch_size * args.seq_len
+    size, limit = sum(p.numel() for p in model.parameters()), WORLD * products_rate(device, args.amp)
+    kind, precision = type(model.config).__name__.removesuffix("Config"), "bfloat16 autocast" if args.amp else "float32"
+    print(f"{kind}, {size:,} parameters, {WORLD} x {device}, {precision}, products at {limit / 1e12:.2f} TFLOP/s")
     optimizer = make_optimizer(model, args.weight_decay)
-    parts = {"model": model, "average": average, "optimizer": optimizer}
-    if state:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
-        print(*state["log"], sep="\n")
-    else:
-        state = {"step": 0, "log": [], "seconds": 0.0, "best_loss": math.inf}
-
-    start, losses = time.time() - state["seconds"], []
-    options = {"unit": "byte", "unit_scale": args.batch_size * args.seq_len, "disable": None}
-    bar = tqdm(range(state["step"], args.steps), initial=state["step"], total=args.steps, **options)
+    progress = files.load_checkpoint(model, average, optimizer, args.out)
+    replica = DistributedDataParallel(model) if WORLD > 1 and not args.fsdp else model
+    start, losses = time.time() - progress["seconds"], []
+    clock = drawn = time.time()
+    options = {"unit": "token", "unit_scale": per_step, "disable": True if RANK else None}
+    bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, **options)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        starts = torch.randint(len(data) - args.seq_len, (args.batch_size, 1))  # (b, 1)
-        ids = data[starts + torch.arange(args.seq_len + 1)].to(device).long()  # (b, l + 1)
         model.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            logits = model(ids[:, :-1])  # (b, l, v)
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
+        losses.append(step_on(replica, optimizer, text, args))
         decay = min(args.ema, step / (step + 10))  # the weights of the first steps are forgotten sooner
         with torch.no_grad():
             for averaged, parameter in zip(average.parameters(), model.parameters(), strict=True):
                 averaged.lerp_(parameter, 1 - decay)
-        losses.append(loss.detach())
-        if step % 10 == 0:
-            bar.set_postfix(step=step, loss=f"{loss.item():.3f}", lr=f"{learning_rate(step, args):.1e}", refresh=False)
-        if (step + 1) % args.eval_every and step + 1 < args.steps:
+        step, is_evaluated = step + 1, (step + 1) % args.eval_every == 0 or step + 1 == args.steps
+        if step % args.log_every and not is_evaluated:
             continue
 
-        train_loss, val_loss = torch.stack(losses).mean().item(), evaluate(average, val)
-        losses.clear()
-        if not math.isfinite(train_loss + val_loss):
-            die(f"the loss is not finite at step {step + 1}: try a lower --lr")
-        state |= {"step": step + 1, "seconds": time.time() - start}
-        state["log"].append(f"step {step + 1}: train {train_loss:.4f}, val {val_loss:.4f}, {state['seconds']:.0f} s")
-        tqdm.write(state["log"][-1])
-        if val_loss < state["best_loss"]:
-            state |= {"best_loss": val_loss, "best": copy.deepcopy(average.state_dict())}
-        save_state(state | {name: part.state_dict() for name, part in parts.items()}, args)
-    return state["best"]
+        recent = losses[-(step % args.log_every or args.log_every) :]
+        train_loss, speed = total(torch.stack(recent).mean()).item(), len(recent) * per_step / (time.time() - clock)
+        bar.set_postfix_str(f"loss {train_loss:.3f}, {6 * size * speed / limit:.0%} of the products' rate")
+        val_loss = evaluate(average, val) if is_evaluated else math.nan
+        if not math.isfinite(train_loss) or (is_evaluated and not math.isfinite(val_loss)):
+            die(f"the loss is not finite at step {step}: try a lower --lr")
+        lr, seconds = learning_rate(step - 1, args), time.time() - start
+        numbers = f"{train_loss:.6f},{val_loss:.6f},{lr:.3e},{seconds:.1f},{speed:.0f}"
+        progress["log"] += f"{step},{step * per_step},{numbers}\n".replace("nan", "")
+        if is_evaluated:
+            mean = total(torch.stack(losses).mean()).item()
+            tqdm.write(f"{sample(average, val, tokenizer)}\n")
+            tqdm.write(f"step {step}: train {mean:.4f}, val {val_loss:.4f}, {seconds:.0f} s")
+            if val_loss < progress["best"]:
+                files.save_model(average, tokenizer, args.out)
+            progress |= {"step": step, "seconds": seconds, "best": min(val_loss, progress["best"])}
+            files.save_checkpoint(files.state_of(model, average, optimizer, progress), args.out)
+            losses.clear()
+        if RANK == 0:
+            (args.out / "log.csv").write_text(progress["log"])
+            if is_evaluated or time.time() > drawn + 20:
+                files.plot(args.out)
+                drawn = time.time()
+        clock = time.time()
+    print(f"stored in {args.out}: validation loss {progress['best']:.4f} nats per token")
 
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # a log in a file can be read at once too
+    sys.stdout = io.StringIO() if RANK else sys.stdout  # the first process speaks for all
+    warnings.filterwarnings("ignore", "torch.distributed is")  # checkpoints of one process
     try:
-        args, state = read_options()
-        device = pick_device(args)
-        data, val = read_bytes(args.data, args.seq_len)
+        args = read_options()
+        device, source, options = pick_device(args), args.evaluate or args.init, args.out / "options.json"
+        if WORLD > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         torch.manual_seed(args.seed)
-        model = load(args.evaluate, device) if args.evaluate else build(args).to(device)
-        if not args.evaluate:
+        model = load(source) if source else None
+        name = args.tokenizer or (source if source and model.config.vocab_size != 256 else None)
+        tokenizer = files.load_tokenizer(name) if name else None
+        model = model or build(args, tokenizer)
+        if tokenizer and len(tokenizer) > model.config.padded_vocab_size:
+            raise ValueError(f"{name} has {len(tokenizer)} tokens, the model {model.config.padded_vocab_size}")
+        if args.evaluate:
+            with tempfile.TemporaryDirectory() as directory:
+                files.store(args.data, args.separator, tokenizer, Path(directory))
+                _, val = files.read(Path(directory), tokenizer, 0, WINDOW)
+                print(f"validation loss {evaluate(model.to(device), val):.4f} nats per token")
+            return
+        if RANK == 0 and not (args.resume and options.exists()):
+            if list(args.out.glob("checkpoint-*")):
+                raise ValueError(f"{args.out} holds an unfinished run: add --resume, or remove its checkpoint")
             args.out.mkdir(parents=True, exist_ok=True)
-            if not state and (args.out / "training_state.pt").exists():
-                raise ValueError(f"{args.out} holds an unfinished run: add --resume, or remove its training_state.pt")
+            options.unlink(missing_ok=True)
+            files.store(args.data, args.separator, tokenizer, args.out)
+            files.write(options, json.dumps({k: v for k, v in vars(args).items() if k not in FRESH}, indent=2))
+        total(torch.zeros(1, device=device))  # the others wait
+        text, val = files.read(args.out, tokenizer, args.seq_len, WINDOW)
     except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last from a torch without CUDA
         die(str(error))
-    if args.evaluate:
-        print(f"validation loss {evaluate(model, val):.4f} nats per byte")
-        return
-    model.load_state_dict(train(model, data, val, args, state))
-    model.to(torch.bfloat16).save_pretrained(str(args.out))
-    save_byte_tokenizer(args.out)
-    print(f"stored in {args.out}: validation loss {evaluate(load(args.out, device), val):.4f} nats per byte")
-    (args.out / "training_state.pt").unlink()
+    average = copy.deepcopy(model).requires_grad_(False) if args.ema else model
+    if device.type == "cuda":
+        torch.cuda.manual_seed(args.seed + RANK)  # of dropout: other rows, other noise
+    model.config.gradient_checkpointing = args.gradient_checkpointing
+    add_dropout(model, args.dropout)
+    for layer in model.backbone.layers if args.compile else ():
+        layer.compile()
+    model = distribute(model, args, device)
+    average = distribute(average, args, device) if args.ema else model
+    train(model, average, text, val, tokenizer, args)
+    if RANK == 0:
+        files.clean(args.out)
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
