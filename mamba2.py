@@ -974,15 +974,13 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
         for path in sorted(directory / name for name in names):
             _require(path.parent == directory, "it is not in the directory")
             if path.suffix == ".safetensors":
-                more = load_file(path)
+                new = load_file(path)
             else:  # torch before 1.6 wrote no zip files, which alone can be mapped
-                more = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-            more = {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in more.items()}
-            stored = [
-                v.is_cpu and v.layout == torch.strided and v.nbytes <= len(v.untyped_storage()) for v in more.values()
-            ]
-            _require(all(stored) and tensors.keys().isdisjoint(more), "it must hold dense tensors, each in one file")
-            tensors |= more
+                new = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+            new = {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in new.items()}
+            ok = (v.is_cpu and v.layout == torch.strided and v.nbytes <= len(v.untyped_storage()) for v in new.values())
+            _require(all(ok) and tensors.keys().isdisjoint(new), "it must hold dense tensors, each in one file")
+            tensors |= new
     except Exception as error:  # of as many kinds as there are ways to damage a file
         raise OSError(f"can't load {path}: {type(error).__name__}, {str(error).partition(chr(10))[0]}") from error
     return tensors
@@ -1037,9 +1035,7 @@ def _save(model: Mamba2PreTrained, directory: Path, state_dict: Mapping[str, Ten
     from huggingface_hub import save_torch_state_dict
 
     sharded = state_dict is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    _require(
-        not sharded, "state_dict must be given (get_model_state_dict's, full) where parameters are sharded, got None"
-    )
+    _require(not sharded, "state_dict (get_model_state_dict's, full) must be given of a sharded model, got None")
     wrappers = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile's, activation checkpointing's
     tensors = dict(model.named_parameters()) if state_dict is None else state_dict
     tensors = {wrappers.sub("", name): tensor.detach() for name, tensor in tensors.items()}
