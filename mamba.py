@@ -161,9 +161,10 @@ def selective_scan(
     few cores busy. It changes the work and not the result; None chooses by the sizes and the device.
     """
     _check("u", u, "b", "l", "e")
+    _check("A", A, u.shape[2], "n")
     (b, l, e), n = u.shape, A.shape[-1]
     for name, v, *shape in (
-        ("dt", dt, b, l, e), ("A", A, e, n), ("B", B, b, l, n), ("C", C, b, l, n),
+        ("dt", dt, b, l, e), ("B", B, b, l, n), ("C", C, b, l, n),
         ("initial_state", initial_state, b, e, n), ("D", D, e), ("z", z, b, l, e),
     ):  # fmt: skip
         _check(name, v, *shape)
@@ -366,8 +367,8 @@ class CausalConv1d(nn.Conv1d):
         windows = [x[:, i : i + l] for i in range(1, k + 1)]  # what each tap sees
         if starts is not None:
             document = F.pad(starts.cumsum(1), (k, 0))  # (b, k + l)
-            others = [document[:, i : i + l] != document[:, k:] for i in range(1, k + 1)]
-            windows = [w.masked_fill(other[..., None], 0) for w, other in zip(windows, others, strict=True)]
+            for i in range(k - 1):  # the last tap sees its own step
+                windows[i] = torch.where((document[:, i + 1 : i + 1 + l] == document[:, k:])[..., None], windows[i], 0)
         y = x.new_zeros(c) if self.bias is None else self.bias.to(x.dtype)
         y = torch.addcmul(y, windows[0], taps[:, 0])
         for i in range(1, k):  # in this layout faster than F.conv1d
@@ -426,6 +427,7 @@ class MambaMixer(nn.Module):
             first step goes on with the state's document.
         """
         config, s = self.config, torch.promote_types(self.A_log.dtype, torch.float32)
+        state = state or LayerState()
         _check("the input", x, "b", "l", config.d_model)
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (b, l, e) each
         starts = None if seq_idx is None else _starts(seq_idx, lengths, x.shape[:2])
@@ -438,10 +440,7 @@ class MambaMixer(nn.Module):
         if lengths is not None:
             dt = dt.masked_fill(_padded(x.shape[1], lengths)[..., None], 0)  # dt = 0 leaves the state alone
         A = -torch.exp(self.A_log.to(s))  # (e, n)
-        before = None if state is None else state.ssm_state
-        y, after = selective_scan(u, dt, A, B, C, before, D=self.D, z=z, starts=starts)  # with D u and the gate SiLU(z)
-        if state is not None:
-            state.ssm_state = after
+        y, state.ssm_state = selective_scan(u, dt, A, B, C, state.ssm_state, D=self.D, z=z, starts=starts)
         return self.out_proj(y.to(x.dtype))
 
     def new_state(self, batch_size: int, device: Any = None, dtype: torch.dtype | None = None) -> LayerState:

@@ -194,9 +194,9 @@ def ssd(
     _check("x", x, "b", "l", "h", "p")
     _check("B", B, *x.shape[:2], "g", "n")
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
-    more = [("D", D, h), ("initial_state", initial_state, b, h, p, n)]
-    for name, v, *shape in [("dt", dt, b, l, h), ("A", A, h), ("C", C, b, l, g, n), *more]:
+    for name, v, *shape in (("dt", dt, b, l, h), ("A", A, h), ("D", D, h), ("C", C, b, l, g, n)):
         _check(name, v, *shape)
+    _check("initial_state", initial_state, b, h, p, n)
     _check("starts", starts, b, l, kind="boolean")
     _require(h % g == 0 < chunk_size, f"B's groups must divide the heads, chunk_size be > 0: {g}, {h}, {chunk_size}")
     x, A, B, C = (v.to(dt.dtype) for v in (x, A, B, C))
@@ -207,8 +207,7 @@ def ssd(
         else:
             a = dt * A if starts is None else (dt * A).masked_fill(starts[..., None], -1e30)  # a decay of 0
             q = min(chunk_size, l)
-            in_cache = x.device.type == "cpu" and not torch.compiler.is_compiling()
-            budget = 2**20 if in_cache else 2**26  # elements of a segment's largest tensor
+            budget = 2**26 if x.device.type != "cpu" or torch.compiler.is_compiling() else 2**20  # elements of a tensor
             steps = q * max(1, budget // max(1, b * h * max(q * q, q * p, p * n)))
             state, ys = rearrange(state, "b (g k) p n -> b g n (k p)", g=g), []  # k = h / g heads share products
             for segment in zip(*(v.split(steps, dim=1) for v in (x * dt[..., None], a, B, C)), strict=True):
@@ -292,8 +291,8 @@ class CausalConv1d(nn.Conv1d):
         windows = [x[:, i : i + l] for i in range(1, k + 1)]  # what each tap sees
         if starts is not None:
             document = F.pad(starts.cumsum(1), (k, 0))  # (b, k + l)
-            others = [document[:, i : i + l] != document[:, k:] for i in range(1, k + 1)]
-            windows = [w.masked_fill(other[..., None], 0) for w, other in zip(windows, others, strict=True)]
+            for i in range(k - 1):  # the last tap sees its own step
+                windows[i] = torch.where((document[:, i + 1 : i + 1 + l] == document[:, k:])[..., None], windows[i], 0)
         y = x.new_zeros(c) if self.bias is None else self.bias.to(x.dtype)
         y = torch.addcmul(y, windows[0], taps[:, 0])
         for i in range(1, k):  # in this layout faster than F.conv1d
@@ -332,8 +331,8 @@ class Mamba2Mixer(nn.Module):
         e, h, channels = config.d_inner, config.nheads, config.d_inner + 2 * config.ngroups * config.d_state
         self.in_proj = nn.Linear(config.d_model, e + channels + h, bias=config.bias)
         self.conv1d = CausalConv1d(channels, config.d_conv, bias=config.conv_bias)
-        dt = torch.empty(h).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()  # as in the official code
-        dt = dt.clamp(min=config.dt_init_floor)
+        dt = torch.empty(h).uniform_(math.log(config.dt_min), math.log(config.dt_max))  # as in the official code
+        dt = dt.exp().clamp(min=config.dt_init_floor)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.A_log = nn.Parameter(torch.empty(h).uniform_(*config.A_init_range).log())
         self.D = nn.Parameter(torch.ones(h))
@@ -355,7 +354,7 @@ class Mamba2Mixer(nn.Module):
         """
         config = self.config
         _check("the input", x, "b", "l", config.d_model)
-        e, h, g, n = config.d_inner, config.nheads, config.ngroups, config.d_state
+        e, h, g, n, state = config.d_inner, config.nheads, config.ngroups, config.d_state, state or LayerState()
         z, xBC, dt = self.in_proj(x).split([e, e + 2 * g * n, h], dim=-1)  # all at once (section 7)
         starts = None if seq_idx is None else _starts(seq_idx, lengths, x.shape[:2])
         xBC = F.silu(self.conv1d(xBC, state, lengths, starts)).to(x.dtype)  # (b, l, e + 2 g n)
@@ -366,10 +365,7 @@ class Mamba2Mixer(nn.Module):
         if lengths is not None:
             dt = dt.masked_fill(_padded(x.shape[1], lengths)[..., None], 0)  # dt = 0 leaves the state alone
         A = -torch.exp(self.A_log.to(s))  # (h,)
-        before = None if state is None else state.ssm_state
-        y, after = ssd(u, dt, A, B, C, before, config.chunk_size, D=self.D, starts=starts)
-        if state is not None:
-            state.ssm_state = after
+        y, state.ssm_state = ssd(u, dt, A, B, C, state.ssm_state, config.chunk_size, D=self.D, starts=starts)
         return self.out_proj(self.norm(y.flatten(-2), z))
 
     def new_state(self, batch_size: int, device: Any = None, dtype: torch.dtype | None = None) -> LayerState:

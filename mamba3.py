@@ -302,8 +302,8 @@ class Mamba3Mixer(nn.Module):
         e, h, p, n, r = config.d_inner, config.nheads, config.headdim, config.d_state, config.rank
         self.sizes = [e, e, config.ngroups * n * r, config.ngroups * n * r, h, h, h, config.n_angles]
         self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)  # z, x, B, C, dt, A, lam, theta
-        dt = torch.empty(h).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()  # as in the official code
-        dt = dt.clamp(min=config.dt_init_floor)
+        dt = torch.empty(h).uniform_(math.log(config.dt_min), math.log(config.dt_max))  # as in the official code
+        dt = dt.exp().clamp(min=config.dt_init_floor)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.B_bias, self.C_bias = nn.Parameter(torch.ones(h, r, n)), nn.Parameter(torch.ones(h, r, n))
         self.B_norm, self.C_norm = HeadRMSNorm(n), HeadRMSNorm(n)

@@ -317,6 +317,7 @@ def main() -> None:
         if RANK == 0 and not (args.resume and options.exists()):
             if list(args.out.glob("checkpoint-*")):
                 raise ValueError(f"{args.out} holds an unfinished run: add --resume, or remove its checkpoint")
+            _ = [path.stat() for path in args.data]  # an OSError, if one isn't there
             args.out.mkdir(parents=True, exist_ok=True)
             options.unlink(missing_ok=True)
             files.store(args.data, args.separator, tokenizer, args.out)
