@@ -629,9 +629,11 @@ class MambaForCausalLM(MambaPreTrained):
             fits, f"num_last_tokens must be an integer, 0 (all) or greater without labels, got {num_last_tokens!r}"
         )
         if labels is not None:
-            labels = _next_labels(labels, attention_mask, seq_idx, input_ids.shape[:2], self.config.padded_vocab_size)
+            shape, ids = input_ids.shape[:2], labels.masked_fill(labels == -100, 0)
+            _check_ids("labels", ids, self.config.padded_vocab_size, *shape)
         hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask, seq_idx=seq_idx)
         head = self.get_output_embeddings()
+        labels = None if labels is None else _next_labels(labels, attention_mask, seq_idx)
         if loss_only and labels is not None:
             return {"loss": _loss_in_slices(head, hidden, labels)}
         logits = head(hidden[:, -num_last_tokens:])  # -0: all
@@ -735,12 +737,9 @@ def _starts(seq_idx: Tensor, lengths: Tensor | None, shape: torch.Size) -> Tenso
     return starts if lengths is None else starts & ~_padded(shape[1], lengths)
 
 
-def _next_labels(
-    labels: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None, shape: torch.Size, size: int
-) -> Tensor:
+def _next_labels(labels: Tensor, attention_mask: Tensor | None, seq_idx: Tensor | None) -> Tensor:
     """What each position predicts, (b, l): the label of the next; -100, which doesn't count, where there is none."""
-    _check_ids("labels", labels.masked_fill(labels == -100, 0), size, *shape)
-    labels = F.pad(labels[:, 1:], (0, 1), value=-100)[:, : shape[1]]
+    labels = F.pad(labels[:, 1:], (0, 1), value=-100)[:, : labels.shape[1]]
     if attention_mask is not None:
         labels = labels.masked_fill(~(attention_mask.bool() & attention_mask.bool().roll(-1, dims=1)), -100)
     return labels if seq_idx is None else labels.masked_fill(seq_idx != seq_idx.roll(-1, dims=1), -100)

@@ -936,7 +936,7 @@ def table(text):
 IDS, NOTHING = random_ids(2, 5), torch.tensor([[1] * 5, [0] * 5])
 WRONG_CALLS = r"""
 num_last_tokens | m(IDS, c, num_last_tokens=_) | -1; 1.5; "1"; 2, labels=IDS
-seq_idx | m(IDS, c, seq_idx=_) | IDS[:, :4]; IDS / 2
+seq_idx|mask | m(IDS, c, _) | seq_idx=IDS[:, :4]; seq_idx=IDS / 2; IDS, seq_idx=IDS[:, :1]; IDS, attention_mask=ONES[:1]
 attention_mask | m(IDS, c, attention_mask=_) | 2 * ONES; ONES / 2; ONES * math.nan; -ONES; ONES / -0.0; ONES.T
 attention_mask | m(IDS, c, attention_mask=_) | ONES[..., None]; ONES[:, None, None]; ONES[:, :4]; ONES[:1]
 labels | m(IDS, c, labels=_) | IDS.float(); IDS > 3; IDS + 0j; ONES[..., None]; IDS[:, :4]; -IDS - 1; IDS + 5000
