@@ -32,10 +32,6 @@ Glossary
 """
 
 import argparse
-import contextlib
-import copy
-import functools
-import itertools
 import json
 import math
 import os
@@ -43,7 +39,6 @@ import re
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -115,11 +110,11 @@ class MambaConfig:
     def to_json_string(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
-    def save_to_json(self, path: str | os.PathLike) -> None:
+    def save_to_json(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json_string() + "\n")
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike) -> Self:
+    def from_json(cls, path: str | Path) -> Self:
         return cls.from_dict(json.loads(Path(path).read_text()))
 
 
@@ -176,7 +171,7 @@ def selective_scan(
     if pieces is None:  # enough to fill a GPU, no more than each has steps; each is read twice, so two save nothing
         most = 1 if u.device.type == "cpu" else min(math.isqrt(int(l)), 2**21 // max(1, b * e * n))
         pieces = most if most > 2 else 1
-    with _full_precision(u):
+    with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):  # there is none for meta
         if l == 0 or (l == 1 and starts is None):
             y, h = selective_scan_recurrence(u, dt, A, B, C, h)
         elif pieces == 1:
@@ -196,19 +191,13 @@ LOG2_E = math.log2(math.e)  # exp(x) = exp2(x log2(e)): CPUs are slow with an ex
 _NAMESPACE = re.sub(r"^(?=\d)|\W", "_", __name__, flags=re.ASCII)
 
 
-def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast off: the state is float32 (or float64) also where the layers are not."""
-    off = x.is_meta or not torch.is_autocast_enabled(x.device.type)  # autocast knows no meta device
-    return contextlib.nullcontext() if off else torch.autocast(x.device.type, enabled=False)
-
-
 def _blocks(h: Tensor, l: int) -> tuple[list[tuple[slice, slice]], Tensor]:
     """The blocks (rows, steps) of l steps with states like h (b, n, e), first to last, and space for three tensors."""
     b, n, e = h.shape
     elements = 2**20 if h.device.type == "cpu" else 2**26
     r = max(1, min(b, elements // (BLOCK * max(1, n * e))))
-    starts = itertools.product(range(0, b, r), range(0, l, BLOCK))
-    blocks = [(slice(i, min(i + r, b)), slice(t, min(t + BLOCK, l))) for i, t in starts]
+    rows = [slice(i, min(i + r, b)) for i in range(0, b, r)]
+    blocks = [(some, slice(t, min(t + BLOCK, l))) for some in rows for t in range(0, l, BLOCK)]
     return blocks, h.new_empty(3, BLOCK + 1, r, n, e)
 
 
@@ -305,7 +294,7 @@ class _Scan(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True, torch.func.grad
             raise NotImplementedError("selective_scan has first derivatives in reverse mode alone: use torch.autograd")
         u, dt, A, B, C, *borders_starts = ctx.saved_tensors
-        with _full_precision(u):
+        with torch.autocast(u.device.type, enabled=False):
             tensors = (v.contiguous() for v in (dy, dh.mT, u, dt, A.mT, B, C))
             du, ddt, dA, dB, dC, dh = _scan_backward(*tensors, *borders_starts)
         return du, ddt, dA.mT, dB, dC, dh.mT, None
@@ -364,23 +353,19 @@ class CausalConv1d(nn.Conv1d):
         before = x.new_zeros(b, c, k) if state is None or state.conv_state is None else state.conv_state
         _check("the state's conv_state", before, b, c, k)
         x = torch.cat([before.mT.to(taps.dtype), x.to(taps.dtype)], dim=1)  # (b, k + l, c)
-        windows = [x[:, i : i + l] for i in range(1, k + 1)]  # what each tap sees
+        windows = [x[:, i : i + l + 1] for i in range(k)]  # the last k inputs after 0, 1, ..., l steps
         if starts is not None:
             document = F.pad(starts.cumsum(1), (k, 0))  # (b, k + l)
-            for i in range(k - 1):  # the last tap sees its own step
-                windows[i] = torch.where((document[:, i + 1 : i + 1 + l] == document[:, k:])[..., None], windows[i], 0)
+            for i in range(k - 1):  # the newest is of its own document
+                same = document[:, i : i + l + 1] == document[:, k - 1 :]
+                windows[i] = torch.where(same[..., None], windows[i], 0)
         y = x.new_zeros(c) if self.bias is None else self.bias.to(x.dtype)
-        y = torch.addcmul(y, windows[0], taps[:, 0])
+        y = torch.addcmul(y, windows[0][:, 1:], taps[:, 0])
         for i in range(1, k):  # in this layout faster than F.conv1d
-            y.addcmul_(windows[i], taps[:, i])
+            y.addcmul_(windows[i][:, 1:], taps[:, i])
         if state is not None:
-            ends = torch.full((b,), l, device=x.device) if lengths is None else lengths
-            newest = ends[:, None] + torch.arange(k, device=x.device)  # (b, k): where the last k inputs are
-            last = x.take_along_dim(newest[..., None], 1)  # (b, k, c)
-            if starts is not None:
-                document = document.take_along_dim(newest, 1)
-                last = last.masked_fill((document != document[:, -1:])[..., None], 0)
-            state.conv_state = last.mT.contiguous().to(self.weight.dtype)
+            kept = [w[:, -1] if lengths is None else w.take_along_dim(lengths[:, None, None], 1)[:, 0] for w in windows]
+            state.conv_state = torch.stack(kept, dim=2).to(self.weight.dtype)
         return y
 
 
@@ -412,9 +397,8 @@ class MambaMixer(nn.Module):
         dt = torch.empty(e).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp()
         dt = dt.clamp(min=config.dt_init_floor)
         self.dt_proj.bias.data = dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
-        if config.bias:
-            nn.init.zeros_(self.in_proj.bias)
-            nn.init.zeros_(self.out_proj.bias)
+        for linear in (self.in_proj, self.out_proj) if config.bias else ():
+            nn.init.zeros_(linear.bias)
 
     def forward(
         self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
@@ -462,17 +446,15 @@ class RMSNorm(nn.RMSNorm):
 
 
 class MambaBlock(nn.Module):
-    """x + mixer(norm(x)), on (b, l, d_model)."""
+    """x + mixer(norm(x)), on (b, l, d_model); other arguments are the mixer's: state, lengths, seq_idx."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config.d_model, eps=config.norm_epsilon)
         self.mixer = MambaMixer(config)
 
-    def forward(
-        self, x: Tensor, state: LayerState | None = None, lengths: Tensor | None = None, seq_idx: Tensor | None = None
-    ) -> Tensor:
-        return x + self.mixer(self.norm(x), state, lengths, seq_idx)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x + self.mixer(self.norm(x), *args, **kwargs)
 
 
 class MambaPreTrained(nn.Module):
@@ -481,20 +463,18 @@ class MambaPreTrained(nn.Module):
     config: MambaConfig
 
     @classmethod
-    def from_pretrained(
-        cls, name: str | os.PathLike, device: Any = None, dtype: torch.dtype | None = None, **hub: Any
-    ) -> Self:
+    def from_pretrained(cls, name: str | Path, device: Any = None, dtype: Any = None, **hub: Any) -> Self:
         """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
 
         name: a checkpoint in transformers' or state-spaces' format, safetensors or pytorch_model.bin, in shards or not.
             A language model's gives a classifier, too, with a new last layer.
-        device: None means the CPU; dtype: None keeps the stored; hub: revision, token, cache_dir, local_files_only.
+        device: None is the CPU; dtype: None keeps the stored; hub: revision, token, cache_dir, local_files_only.
         Raises OSError for missing files, ValueError for a model that isn't implemented here and tensors that don't fit.
         """
         return _load(cls, name, device or "cpu", dtype, hub)
 
-    def save_pretrained(self, directory: str | os.PathLike, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors (sharded above 5 GB) in transformers' format.
+    def save_pretrained(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors in transformers' format.
 
         state_dict: the weights, where the model's are sharded over processes. Unless they fit the config a ValueError.
         """
@@ -503,8 +483,6 @@ class MambaPreTrained(nn.Module):
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         """Set config.gradient_checkpointing: blocks are recomputed in the backward pass (transformers' name)."""
         self.config.gradient_checkpointing = True
-
-    activation_checkpointing_enable = gradient_checkpointing_enable  # transformers 6
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that an optimizer should not decay: A_log, D, the bias of dt, norms, if any."""
@@ -553,10 +531,10 @@ class MambaEncoder(MambaPreTrained):
             seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
         states = [None] * len(self.layers)
         if inference_params is not None:
-            stored, all_layers = inference_params.key_value_memory_dict, range(len(self.layers))
-            if stored and stored.keys() != set(all_layers):
-                raise ValueError(f"inference_params must hold states of {all_layers} or none, got {list(stored)}")
-            states = [LayerState(*stored.get(i, ())) for i in all_layers]
+            stored, layers = inference_params.key_value_memory_dict, range(len(self.layers))
+            fits = not stored or stored.keys() == set(layers)
+            _require(fits, f"inference_params must hold states of {layers} or none, got {list(stored)}")
+            states = [LayerState(*stored.get(i, ())) for i in layers]
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, state in zip(self.layers, states, strict=True):
             if recompute and state is None:  # once more a layer would start from the state that it has left
@@ -589,11 +567,10 @@ class MambaModel(MambaEncoder):
             nn.init.normal_(self.embeddings.weight, std=config.initializer_range)
 
     def forward(self, input_ids: Tensor, inference_params: Any = None, **mask_and_seq_idx: Tensor | None) -> Tensor:
-        x = input_ids
-        if not x.is_floating_point() and self.config.vocab_size is not None:
-            _check_ids("input_ids", x, self.config.padded_vocab_size, "b", "l")
-            x = self.embeddings(x)
-        return super().forward(x, inference_params, **mask_and_seq_idx)
+        if not input_ids.is_floating_point() and self.config.vocab_size is not None:
+            _check("input_ids", input_ids, "b", "l", kind="integer", below=self.config.padded_vocab_size)
+            input_ids = self.embeddings(input_ids)
+        return super().forward(input_ids, inference_params, **mask_and_seq_idx)
 
 
 class MambaForCausalLM(MambaPreTrained):
@@ -625,19 +602,16 @@ class MambaForCausalLM(MambaPreTrained):
         num_last_tokens: k > 0 gives the logits of the last k positions alone.
         """
         fits = type(num_last_tokens) is int and 0 <= num_last_tokens <= (math.inf if labels is None else 0)
-        _require(
-            fits, f"num_last_tokens must be an integer, 0 (all) or greater without labels, got {num_last_tokens!r}"
-        )
+        _require(fits, f"num_last_tokens must be 0 (all), or greater without labels, got {num_last_tokens!r}")
         if labels is not None:
-            shape, ids = input_ids.shape[:2], labels.masked_fill(labels == -100, 0)
-            _check_ids("labels", ids, self.config.padded_vocab_size, *shape)
+            ids, size = labels.masked_fill(labels == -100, 0), self.config.padded_vocab_size
+            _check("labels", ids, *input_ids.shape[:2], kind="integer", below=size)
         hidden = self.backbone(input_ids, inference_params, attention_mask=attention_mask, seq_idx=seq_idx)
         head = self.get_output_embeddings()
         labels = None if labels is None else _next_labels(labels, attention_mask, seq_idx)
         if loss_only and labels is not None:
             return {"loss": _loss_in_slices(head, hidden, labels)}
-        logits = head(hidden[:, -num_last_tokens:])  # -0: all
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = head(hidden[:, -num_last_tokens:]).to(torch.promote_types(hidden.dtype, torch.float32))  # -0: all
         if labels is None:
             return logits
         return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
@@ -651,8 +625,7 @@ class MambaForCausalLM(MambaPreTrained):
     def advance(self, token_ids: Tensor, states: "States") -> tuple[Tensor, "States"]:
         """`step` as a function, for torch.compile and torch.export: ids (b,) and states to logits and new states.
 
-        states: the `key_value_memory_dict` of a cache; {} at the start of a sequence.
-        """
+        states: the `key_value_memory_dict` of a cache; {} at the start of a sequence."""
         cache = InferenceParams(dict(states))
         return self(token_ids[..., None], cache)[:, -1], cache.key_value_memory_dict
 
@@ -695,8 +668,8 @@ class MambaForCausalLM(MambaPreTrained):
         return self.get_input_embeddings()
 
 
-def _check(name: str, x: Tensor | None, *shape: int | str, kind: str = "real") -> None:
-    """Raise ValueError unless x is None, or of this kind and this shape, in which a letter stands for any size."""
+def _check(name: str, x: Tensor | None, *shape: int | str, kind: str = "real", below: int | None = None) -> None:
+    """Raise ValueError unless x is None, or of this kind and shape (a letter: any size), with values in [0, below)."""
     if x is None:
         return
     kinds = {"real": x.is_floating_point(), "boolean": x.dtype == torch.bool}
@@ -704,14 +677,9 @@ def _check(name: str, x: Tensor | None, *shape: int | str, kind: str = "real") -
     if not fits or any(type(s) is not str and s != n for s, n in zip(shape, x.shape, strict=True)):
         wanted = f"({', '.join(map(str, shape))})"
         raise ValueError(f"{name} must be {kind}, of shape {wanted}, got {x.dtype} of shape {tuple(x.shape)}")
-
-
-def _check_ids(name: str, ids: Tensor, size: int, *shape: int | str) -> None:
-    """Raise ValueError unless ids are integers in [0, size); compiled code doesn't look at values."""
-    _check(name, ids, *shape, kind="integer")
-    if ids.numel() and not ids.is_meta and not torch.compiler.is_compiling():
-        low, high = (bound.item() for bound in torch.aminmax(ids))
-        _require(low >= 0 and high < size, f"{name} must be in [0, {size}), got {low if low < 0 else high}")
+    if below and x.numel() and not x.is_meta and not torch.compiler.is_compiling():  # which doesn't look at values
+        low, high = (bound.item() for bound in torch.aminmax(x))
+        _require(low >= 0 and high < below, f"{name} must be in [0, {below}), got {low if low < 0 else high}")
 
 
 def _real_first(attention_mask: Tensor, shape: torch.Size) -> tuple[Tensor | None, Tensor | None]:
@@ -749,8 +717,7 @@ def _loss_in_slices(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     """The loss of hidden states (b, l, d_model), some positions at a time, which the backward pass computes again."""
 
     def loss(hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = head(hidden).to(torch.promote_types(hidden.dtype, torch.float32))
         return F.cross_entropy(logits, labels, reduction="sum")
 
     slices = zip(hidden.flatten(0, 1).split(LOSS_SLICE), labels.flatten().split(LOSS_SLICE), strict=True)
@@ -779,7 +746,7 @@ class InferenceParams:
 
     def reset(self) -> None:
         """Forget everything: the next call starts a new sequence."""
-        getattr(self, "key_value_memory_dict", {}).clear()
+        self.key_value_memory_dict.clear()
         if isinstance(self, InferenceParams):
             self.seqlen_offset = 0
 
@@ -787,7 +754,7 @@ class InferenceParams:
 
     def clone(self) -> "InferenceParams":
         """A copy: continue one prefix in several ways."""
-        return copy.deepcopy(self)
+        return replace(self, key_value_memory_dict=dict(self.key_value_memory_dict))
 
     def select(self, rows: Tensor | Sequence[int]) -> "InferenceParams":
         """A copy with these rows of the batch, chosen, repeated or reordered: beams, several answers to one prompt."""
@@ -797,10 +764,10 @@ class InferenceParams:
 
     def get_cache_info(self) -> dict[str, float]:
         """memory_mb (10^6 bytes), cached_layers, total_tensors, seqlen_offset."""
-        stored = getattr(self, "key_value_memory_dict", {})  # a model lends this method to foreign caches, and to None
-        tensors = [tensor for state in stored.values() for tensor in state]
-        info = {"memory_mb": sum(tensor.nbytes for tensor in tensors) / 1e6, "cached_layers": len(stored)}
-        return info | {"total_tensors": len(tensors), "seqlen_offset": getattr(self, "seqlen_offset", 0)}
+        layers, seqlen_offset = self.key_value_memory_dict, getattr(self, "seqlen_offset", 0)
+        tensors = [tensor for state in layers.values() for tensor in state]
+        sizes = {"memory_mb": sum(tensor.nbytes for tensor in tensors) / 1e6, "total_tensors": len(tensors)}
+        return sizes | {"cached_layers": len(layers), "seqlen_offset": seqlen_offset}
 
 
 @torch.no_grad()
@@ -820,21 +787,20 @@ def _generate(
     eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
     are_tokens = all(type(i) is int and 0 <= i < model.config.padded_vocab_size for i in eos)
     _require(are_tokens, f"eos_token_id must be None, a token or a list of them, got {eos}")
-    _require(use_cache or inference_params is None, "use_cache must be True with inference_params, got False")
-    cache, mask = InferenceParams() if inference_params is None else inference_params, attention_mask
-    if mask is not None and _real_first(mask, unread.shape)[0] is not None:
-        _require(bool(mask.any(1).all()), "attention_mask must leave at least one real token in every row")
-        order = mask.int().argsort(dim=1, stable=True)  # padding to the left, so that every row's last token is real
-        unread, mask = unread.take_along_dim(order, 1), mask.take_along_dim(order, 1)
+    cache = InferenceParams() if use_cache and inference_params is None else inference_params
+    mask = torch.ones_like(unread) if attention_mask is None else attention_mask
+    _real_first(mask, unread.shape)  # checks it
+    _require(bool(mask.any(1).all()), "attention_mask must leave at least one real token in every row")
+    order = mask.int().argsort(dim=1, stable=True)  # padding to the left, so that every row's last token is real
+    unread, mask = unread.take_along_dim(order, 1), mask.take_along_dim(order, 1)
     ended = torch.zeros_like(unread[:, 0], dtype=torch.bool)
-    if use_cache and shape[1] > 1:  # all but the last token, in segments
+    if cache is not None and shape[1] > 1:  # all but the last token, in segments
         size = max(1, PROMPT_SEGMENT // max(1, len(unread)))
-        masks = itertools.repeat(None) if mask is None else mask[:, :-1].split(size, dim=1)
-        for segment, real in zip(unread[:, :-1].split(size, dim=1), masks, strict=False):
+        for segment, real in zip(*(v[:, :-1].split(size, dim=1) for v in (unread, mask)), strict=True):
             model(segment, cache, attention_mask=real, num_last_tokens=1)
         unread, mask = unread[:, -1:], None
     for _ in range(max_new_tokens):
-        logits = model(unread, cache if use_cache else None, attention_mask=mask, num_last_tokens=1)
+        logits = model(unread, cache, attention_mask=mask, num_last_tokens=1)
         logits = logits[:, -1, : model.config.vocab_size]  # (b, v), without the padding of the vocabulary
         token = logits.argmax(-1)
         if temperature > 0:
@@ -845,16 +811,13 @@ def _generate(
         ended = ended | torch.isin(token, torch.tensor(eos, dtype=token.dtype, device=token.device))
         if eos and ended.all():
             return
-        if use_cache:  # rows that ended read nothing more
+        if cache is None:  # everything is unread each time
+            unread, mask = torch.cat([unread, token[:, None]], dim=1), F.pad(mask, (0, 1), value=1)
+        else:  # rows that ended read nothing more
             unread, mask = token[:, None], (~ended)[:, None] if eos and ended.any() else None
-        else:  # everything is unread each time
-            unread = torch.cat([unread, token[:, None]], dim=1)
-            mask = None if mask is None else F.pad(mask, (0, 1), value=1)
 
 
-def token_probabilities(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
-) -> Tensor:
+def token_probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
     """The probabilities (b, v) from which `generate` draws, given logits (b, v) and its settings.
 
     The same tokens have any as with transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper in turn.
@@ -901,25 +864,23 @@ class MambaForSequenceClassification(MambaPreTrained):
             or mean squared error) and "logits".
         """
         hidden = self.backbone(input_ids, attention_mask=attention_mask)  # (b, l, d_model)
-        real = hidden.new_ones(hidden.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        real = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask
+        real, s = real.bool()[..., None], torch.promote_types(hidden.dtype, torch.float32)  # (b, l, 1)
         if not torch.compiler.is_compiling():
             _require(bool(real.any(1).all()), "input_ids must have a real token in every row, got a row of none")
-        if self.config.pooling_strategy == "last":
-            last = (torch.arange(hidden.shape[1], device=hidden.device) * real).argmax(1)
-            pooled = hidden.take_along_dim(last[:, None, None], 1).squeeze(1)
-        elif self.config.pooling_strategy == "mean":
-            dtype = torch.promote_types(hidden.dtype, torch.float32)
-            pooled = (hidden * real[..., None]).sum(1, dtype=dtype) / real.sum(1, keepdim=True)
-        else:
-            pooled = hidden.masked_fill(~real[..., None], -math.inf).amax(1)
-        logits = self.classifier(self.dropout(pooled.to(hidden.dtype)))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.config.pooling_strategy == "max":
+            pooled = hidden.masked_fill(~real, -math.inf).amax(1)
+        else:  # the mean over all real tokens, or over the last one alone
+            last = real & (real.cumsum(1) == real.sum(1, keepdim=True))
+            counts = last if self.config.pooling_strategy == "last" else real
+            pooled = (hidden * counts).sum(1, dtype=s) / counts.sum(1)
+        logits = self.classifier(self.dropout(pooled.to(hidden.dtype))).to(s)
         if labels is None:
             return logits
         if self.config.num_labels == 1:
-            _check("labels", labels := labels.to(logits.dtype), len(logits))
+            _check("labels", labels := labels.to(s), len(logits))
             return {"loss": F.mse_loss(logits[:, 0], labels), "logits": logits}
-        _check_ids("labels", labels, self.config.num_labels, len(logits))
+        _check("labels", labels, len(logits), kind="integer", below=self.config.num_labels)
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
@@ -927,6 +888,7 @@ MambaForFeatureExtraction = MambaModel  # hidden states: MiniMamba
 MambaLMConfig = MambaClassificationConfig = MambaConfig  # MiniMamba
 S6 = MambaMixer  # MiniMamba
 MambaLMHeadModel = MambaForCausalLM  # state-spaces/mamba
+Mamba = MambaForCausalLM  # MiniMamba: a language model, where state-spaces' is a layer
 
 
 @dataclass
@@ -934,16 +896,6 @@ class BaseMambaConfig(MambaConfig):
     """MiniMamba's: there is no vocabulary unless one is given."""
 
     vocab_size: int | None = None
-
-
-class Mamba(MambaForCausalLM):
-    """MiniMamba's: a language model from a config, or from the fields of one, vocab_size among them."""
-
-    def __init__(self, config: MambaConfig | None = None, **fields: Any) -> None:
-        if (config is None) != ("vocab_size" in fields) or (config is not None and fields):
-            got = f"{type(config).__name__} and {', '.join(fields) or 'no fields'}"
-            raise TypeError(f"Mamba needs a config, or fields with vocab_size (the layer is MambaMixer), got {got}")
-        super().__init__(MambaConfig(**fields) if config is None else config)
 
 
 # -------------------------------------- 8. Checkpoints, and what a config allows --------------------------------------
@@ -956,12 +908,12 @@ TRANSFORMERS_FIELDS = """
     conv_bias=use_conv_bias norm_epsilon=layer_norm_epsilon residual_in_fp32=residual_in_fp32
     tie_embeddings=tie_word_embeddings initializer_range=initializer_range bos_token_id=bos_token_id
     eos_token_id=eos_token_id pad_token_id=pad_token_id num_labels=num_labels pooling_strategy=pooling_strategy
-    dropout=classifier_dropout"""
+    dropout=classifier_dropout vocab_size=vocab_size"""
 TRANSFORMERS_DEFAULTS = {"n_layer": 32, "vocab_size": 50280, "initializer_range": 0.1}
-TRANSFORMERS_DEFAULTS |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-# In state-spaces' format ssm_cfg has arguments of its layer by our names, and some that aren't ours: those must have a
-# certain value or have no effect on the result.
-LAYER, SSM_CFG_FIXED, SSM_CFG_IGNORED = "Mamba1", {}, {"use_fast_path"}
+TRANSFORMERS_DEFAULTS |= {"pad_vocab_size_multiple": 1, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+# In state-spaces' format ssm_cfg has arguments of its layer by our names, and these: they must have a certain value, or
+# any where it has no effect on the result (...).
+LAYER, SSM_CFG = "Mamba1", {"use_fast_path": ...}
 
 
 def _to_transformers(config: MambaConfig) -> dict[str, Any]:
@@ -982,12 +934,10 @@ def _from_transformers(stored: Mapping[str, Any]) -> MambaConfig:
         _require(value in allowed, f"{name} must be {allowed[0]!r} in this file, got {value!r}: use {use}")
     falcon = {"mixer_rms_eps": stored.get("mixer_rms_eps", 1e-6)} if stored["model_type"] == "falcon_mamba" else {}
     named = {ours: stored[name] for ours, name in re.findall(r"(\w+)=(\w+)", TRANSFORMERS_FIELDS) if name in stored}
-    rows = stored.get("vocab_size", TRANSFORMERS_DEFAULTS["vocab_size"])  # there each may be a token, here not
-    tokens = rows if "transformers_version" in stored else stored.get("unpadded_vocab_size", rows)
-    multiple = stored.get("pad_vocab_size_multiple")
-    multiple = multiple if rows and type(multiple) is int and multiple > 0 and rows % multiple == 0 else rows or 1
-    sizes = {"vocab_size": tokens, "pad_vocab_size_multiple": multiple}
-    return MambaConfig.from_dict(TRANSFORMERS_DEFAULTS | named | sizes | falcon)
+    if "unpadded_vocab_size" in stored and "transformers_version" not in stored:  # written here; there all are tokens
+        named |= {"vocab_size": stored["unpadded_vocab_size"]}
+        named |= {"pad_vocab_size_multiple": stored["pad_vocab_size_multiple"]}
+    return MambaConfig.from_dict(TRANSFORMERS_DEFAULTS | named | falcon)
 
 
 def _from_state_spaces(stored: Mapping[str, Any]) -> MambaConfig:
@@ -997,16 +947,14 @@ def _from_state_spaces(stored: Mapping[str, Any]) -> MambaConfig:
     layer = ssm_cfg.pop("layer")
     use = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py"}.get(layer, "mamba_ssm")
     _require(layer == LAYER, f"ssm_cfg['layer'] must be {LAYER!r} in this file, got {layer!r}: use {use}")
-    ours = {f.name for f in fields(MambaConfig)} - SSM_CFG_IGNORED
+    ours = {f.name for f in fields(MambaConfig)} - SSM_CFG.keys()
     wrong = {name: stored[name] for name in ("attn_layer_idx", "d_intermediate") if stored.get(name)}  # hybrids
     wrong |= {} if stored.get("rms_norm", True) else {"rms_norm": False}  # LayerNorm
-    known = ours | SSM_CFG_IGNORED
-    wrong |= {k: v for k, v in ssm_cfg.items() if k not in known and SSM_CFG_FIXED.get(k, ...) != v}
+    wrong |= {k: v for k, v in ssm_cfg.items() if k not in ours and SSM_CFG.get(k, "unknown") not in (..., v)}
     _require(not wrong, f"config.json is of a model that this file does not implement, with {wrong}: use mamba_ssm")
     # Without a word of it, the end of text is GPT-NeoX's, as in transformers' copies of these checkpoints.
-    eos = 0 if stored.get("eos_token_id") is None else stored["eos_token_id"]
-    values = {name: value for name, value in (stored | ssm_cfg).items() if name in ours}
-    return MambaConfig(**values | {"eos_token_id": eos})
+    values = {name: value for name, value in (stored | ssm_cfg).items() if name in ours and value is not None}
+    return MambaConfig(**{"eos_token_id": 0} | values)
 
 
 WEIGHT_FILES = [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
@@ -1014,7 +962,7 @@ SHARDS = ["model-*-of-*.safetensors", "pytorch_model-*-of-*.bin"]
 HEADS = {"lm_head.weight", "classifier.weight", "classifier.bias"}
 
 
-def _directory(name: str | os.PathLike, hub: Mapping[str, Any]) -> Path:
+def _directory(name: str | Path, hub: Mapping[str, Any]) -> Path:
     """The directory of a checkpoint: `name`, or where huggingface_hub has put its copy."""
     if unknown := hub.keys() - {"revision", "token", "cache_dir", "local_files_only"}:
         raise TypeError(f"from_pretrained got unknown arguments: {', '.join(sorted(unknown))}")
@@ -1022,46 +970,33 @@ def _directory(name: str | os.PathLike, hub: Mapping[str, Any]) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    files = ["config.json", "generation_config.json", "tokenizer.json", *WEIGHT_FILES[:2], *SHARDS[:1]]
+    files = ["*config.json", "tokenizer.json", *WEIGHT_FILES[:2], *SHARDS[:1]]
     try:
         directory = Path(snapshot_download(str(name), allow_patterns=files, **hub))
         if not any(directory.glob("*.safetensors")):
             snapshot_download(str(name), allow_patterns=WEIGHT_FILES[2:] + SHARDS[1:], **hub)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(f"can't load {str(name)!r}: no such directory, and the model hub says: {reason}") from None
+        raise OSError(f"{name} is no directory, and the model hub says: {str(error).strip().splitlines()[0]}") from None
     return directory
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """JSON with infinity as `Infinity` or as transformers 5 writes it, {"__float__": "Infinity"}."""
-    try:
-        text = path.read_text()
-        stored = json.loads(text, object_hook=lambda d: float(d["__float__"]) if d.keys() == {"__float__"} else d)
-    except (ValueError, TypeError, RecursionError) as error:  # not JSON, or no text at all
-        raise ValueError(f"can't read {path}: {error}") from None
-    _require(isinstance(stored, dict), f"{path} must hold a JSON object, got a {type(stored).__name__}")
-    return stored
-
-
 def _stored_tensors(directory: Path) -> dict[str, Tensor]:
-    """A checkpoint's tensors by our names, as views of mapped files where that can be: read when used."""
+    """A checkpoint's tensors by our names, as views of files that are mapped: read when used."""
     from safetensors.torch import load_file
 
-    if not (there := [name for name in WEIGHT_FILES if (directory / name).exists()]):
-        raise OSError(f"can't load {str(directory)!r}: it has none of {', '.join(WEIGHT_FILES)}")
+    there = [name for name in WEIGHT_FILES if (directory / name).exists()] or WEIGHT_FILES
     path, tensors = directory / there[0], {}
     try:
-        names = set(_read_json(path)["weight_map"].values()) if path.suffix == ".json" else there[:1]
+        names = set(json.loads(path.read_text())["weight_map"].values()) if path.suffix == ".json" else there[:1]
         for path in sorted(directory / name for name in names):
             _require(path.parent == directory, "it is not in the directory")
-            if path.suffix == ".safetensors":
-                new = load_file(path)
-            else:  # torch before 1.6 wrote no zip files, which alone can be mapped
-                new = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+            safe = path.suffix == ".safetensors"
+            new = load_file(path) if safe else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             new = {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in new.items()}
-            ok = (v.is_cpu and v.layout == torch.strided and v.nbytes <= len(v.untyped_storage()) for v in new.values())
-            _require(all(ok) and tensors.keys().isdisjoint(new), "it must hold dense tensors, each in one file")
+            for tensor in new.values():
+                dense = tensor.is_cpu and tensor.layout == torch.strided and tensor.is_floating_point()
+                _require(dense and tensor.nbytes <= len(tensor.untyped_storage()), "it must hold dense, real tensors")
+            _require(tensors.keys().isdisjoint(new), "no tensor may be in two files")
             tensors |= new
     except Exception as error:  # of as many kinds as there are ways to damage a file
         raise OSError(f"can't load {path}: {type(error).__name__}, {str(error).partition(chr(10))[0]}") from error
@@ -1070,81 +1005,68 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
 
 def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Mapping[str, Any]) -> MambaPreTrained:
     """See `from_pretrained`. The names of tensors are without "backbone." in here."""
-    directory = _directory(name, hub)
-    stored, elsewhere = _read_json(directory / "config.json"), directory / "generation_config.json"
-    if stored.get("eos_token_id") is None and elsewhere.exists():
-        stored["eos_token_id"] = _read_json(elsewhere).get("eos_token_id")
-    try:
+    path = _directory(name, hub) / "config.json"
+    try:  # infinity is `Infinity`, or as transformers 5 writes it, {"__float__": "Infinity"}
+        stored = json.loads(path.read_text(), object_hook=lambda d: float(d["__float__"]) if "__float__" in d else d)
         config = (_from_transformers if "model_type" in stored else _from_state_spaces)(stored)
-        tensors = _stored_tensors(directory)
+        tensors = _stored_tensors(path.parent)
         _require(config.n_layer <= len(tensors), f"n_layer must fit {len(tensors)} tensors, got {config.n_layer}")
         if (head := tensors.get("lm_head.weight")) is not None:  # tensors count more than the config
             embedding = tensors.setdefault("embeddings.weight", head)
             config.tie_embeddings = config.tie_embeddings and torch.equal(head, embedding.to(head.dtype))
         with torch.device("meta"):
             model = cls(config)
-    except (TypeError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{directory / 'config.json'} makes no model: {str(error).partition(chr(10))[0]}") from error
-    names = {key.removeprefix("backbone."): key for key in model.state_dict()}
-    wanted = {key: model.get_parameter(name).shape for key, name in names.items()}
-    if not HEADS & tensors.keys() & wanted.keys() and hasattr(model, "classifier"):  # the weights of a language model
-        zeros = tensors["norm_f.weight"].new_zeros
-        tensors["classifier.bias"] = zeros(config.num_labels)
-        tensors["classifier.weight"] = zeros(config.num_labels, config.d_model).normal_(std=config.initializer_range)
-    tensors = {key: tensor for key, tensor in tensors.items() if key in wanted or key not in HEADS}
-    _check_tensors(f"the tensors of {str(name)!r}", wanted, tensors)
-    if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:
-        dtype = getattr(torch, str(stored.get("dtype") or stored.get("torch_dtype")).removeprefix("torch."), None)
-    real = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+        names = {name.removeprefix("backbone."): name for name in model.state_dict()}
+        if "classifier.bias" in names and not HEADS & names.keys() & tensors.keys():  # the weights of a language model
+            new, classes = tensors["norm_f.weight"].new_zeros, config.num_labels
+            tensors["classifier.weight"] = new(classes, config.d_model).normal_(std=config.initializer_range)
+            tensors["classifier.bias"] = new(classes)
+        _fill(model, {names.get(k, k): v for k, v in tensors.items() if k in names or k not in HEADS})
+    except OSError:
+        raise
+    except Exception as error:  # anything may stand in the place of settings
+        raise ValueError(f"{path} makes no {cls.__name__}: {str(error).partition(chr(10))[0]}") from error
+    real = dtype is None or getattr(dtype, "is_floating_point", False)
     _require(real, f"dtype must be None or a torch.dtype of real numbers, got {dtype!r}")
-    weights = {names[key]: tensor.to(device, dtype, copy=True) for key, tensor in tensors.items()}
-    model.load_state_dict(weights, assign=True)
+    _fill(model, {name: tensor.to(device, dtype, copy=True) for name, tensor in model.state_dict().items()})
     return model.eval()
 
 
-def _check_tensors(what: str, wanted: Mapping[str, torch.Size], found: Mapping[str, Tensor]) -> None:
-    """Raise ValueError, naming tensors and shapes, unless they are the wanted ones."""
-    problems = [f"{key} is missing" for key in sorted(wanted.keys() - found.keys())]
-    problems += [f"{key} is not in the model" for key in sorted(found.keys() - wanted.keys())]
-    both = sorted(wanted.keys() & found.keys())
-    problems += [f"{k} is {tuple(found[k].shape)}, not {tuple(wanted[k])}" for k in both if found[k].shape != wanted[k]]
-    problems += [f"{k} is {found[k].dtype}" for k in both if not found[k].is_floating_point()]
-    more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-    _require(not problems, f"{what} do not fit: {'; '.join(problems[:5])}{more}")
+def _fill(model: MambaPreTrained, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors into a model, in the place of its own; ValueError, naming them, where names or shapes differ."""
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"tensors don't fit: {' '.join(str(error).split())[:1000]}") from None
 
 
 def _save(model: MambaPreTrained, directory: Path, state_dict: Mapping[str, Tensor] | None) -> None:
-    from huggingface_hub import save_torch_state_dict
+    """See `save_pretrained`: all is written beside the old files, then renamed, config.json last."""
+    from safetensors.torch import save_file
 
-    sharded = state_dict is None and any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-    _require(not sharded, "state_dict (get_model_state_dict's, full) must be given of a sharded model, got None")
-    wrappers = re.compile(r"\b(_orig_mod|_checkpoint_wrapped_module)\.")  # torch.compile's, activation checkpointing's
     tensors = dict(model.named_parameters()) if state_dict is None else state_dict
-    tensors = {wrappers.sub("", name): tensor.detach() for name, tensor in tensors.items()}
+    sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
+    _require(not sharded, "state_dict must hold the whole tensors of a sharded model: a full get_model_state_dict's")
     with torch.device("meta"):
-        wanted = {key: value.shape for key, value in type(model)(model.config).state_dict().items()}
-    _check_tensors(f"the tensors of this {type(model).__name__}", wanted, tensors)
+        _fill(type(model)(model.config), tensors)
     stored = _to_transformers(model.config)
     if not isinstance(model, MambaForCausalLM):
         stored["architectures"] = [type(model).__name__]
     if len(types := {tensor.dtype for tensor in tensors.values()}) == 1:
         stored["dtype"] = str(*types).removeprefix("torch.")
+    config, text = directory / "config.json", json.dumps(stored, indent=2) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
-        save_torch_state_dict(tensors, beside, metadata={"format": "pt"})
-        names = [*sorted(os.listdir(beside)), "config.json"]
-        Path(beside, "config.json").write_text(json.dumps(stored, indent=2) + "\n")
-        for name in names:
-            os.chmod(Path(beside, name), 0o644)
-        old = directory / "config.json"  # a save cut short must not leave one with the files of another checkpoint
-        shards = any("-of-" in name and (directory / name).exists() for name in names)
-        if old.exists() and (shards or old.read_bytes() != Path(beside, "config.json").read_bytes()):
-            old.unlink()
-        for name in names:
-            os.replace(Path(beside, name), directory / name)
-    for path in itertools.chain.from_iterable(map(directory.glob, WEIGHT_FILES + SHARDS)):
-        if path.name not in names:  # of the checkpoint before
-            path.unlink()
+        new, weights = Path(beside, "config.json"), Path(beside, "model.safetensors")
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)
+        new.write_text(text)
+        if config.exists() and config.read_bytes() != text.encode():
+            config.unlink()  # a save cut short must not leave it with the weights of another model
+        weights.replace(directory / weights.name)
+        for path in (path for name in WEIGHT_FILES[1:] + SHARDS for path in directory.glob(name)):
+            path.unlink()  # of the checkpoint before
+        new.replace(config)
 
 
 def _check_fields(config: MambaConfig) -> None:
@@ -1159,9 +1081,8 @@ def _check_fields(config: MambaConfig) -> None:
             fits = fits and 0 <= value < math.inf and (value > 0 or f.name in may_be_0)
         elif type(value) in (list, tuple):
             fits = fits and all(type(v) is int or (type(v) is float and int not in kinds) for v in value)
-        names = {int: "a positive integer", float: "a positive number", bool: "True or False", type(None): "None"}
-        names |= {list: "a list of numbers", tuple: "a tuple", str: "a word"}
-        _require(fits, f"{f.name} must be {' or '.join(names.get(k, repr(k)) for k in kinds)}, got {value!r}")
+        allowed = " or ".join(getattr(kind, "__name__", repr(kind)) for kind in kinds)
+        _require(fits, f"{f.name} must be {allowed}, numbers finite and positive, got {value!r}")
     _require(config.dt_min <= config.dt_max, f"dt_max must be at least dt_min ({config.dt_min}), got {config.dt_max}")
     _require(config.dropout < 1, f"dropout must be in [0, 1), got {config.dropout}")
 
@@ -1184,15 +1105,15 @@ def main() -> None:
     stored = Path(globals().get("__file__", "")).parent / "pretrained/shakespeare-mamba"  # a notebook has no __file__
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     parser = argparse.ArgumentParser(description="Continue a text with a Mamba language model.")
-    parser.add_argument("prompt", nargs="?", help="the text to continue; read from standard input when piped")
-    add = functools.partial(parser.add_argument, help="(default: %(default)s)")
-    add("--model", default=str(stored), metavar="DIRECTORY_OR_NAME")
-    add("--max-new-tokens", type=int, default=500)
-    add("--temperature", type=float, default=0.8)
-    add("--top-k", type=int, default=0)
-    add("--top-p", type=float, default=1.0)
-    add("--seed", type=int, help="the same seed gives the same text")
-    add("--device", default=best)
+    add, shown = parser.add_argument, {"help": "(default: %(default)s)"}
+    add("prompt", nargs="?", help="the text to continue; read from standard input when piped")
+    add("--model", default=str(stored), metavar="DIRECTORY_OR_NAME", **shown)
+    add("--max-new-tokens", type=int, default=500, **shown)
+    add("--temperature", type=float, default=0.8, **shown)
+    add("--top-k", type=int, default=0, **shown)
+    add("--top-p", type=float, default=1.0, **shown)
+    add("--seed", type=int, default=time.time_ns() % 2**32, help="the same seed gives the same text")
+    add("--device", default=best, **shown)
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="by default float32 on a CPU, else as stored")
     args = parser.parse_args()
     args.prompt = sys.stdin.read() if args.prompt is None and not sys.stdin.isatty() else args.prompt
@@ -1206,25 +1127,22 @@ def main() -> None:
         path = hf_hub_download("EleutherAI/gpt-neox-20b", "tokenizer.json")
     tokenizer, decoder = Tokenizer.from_file(str(path)), DecodeStream(skip_special_tokens=True)
     prompt = torch.tensor([tokenizer.encode(args.prompt).ids], device=device)
-    generator = torch.Generator(device)
-    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed)
     sampling = (args.max_new_tokens, args.temperature, args.top_k, args.top_p)
     print(args.prompt, end="", flush=True)
     start, count = time.perf_counter(), 0
     for token in model.stream(prompt, *sampling, generator=generator):
         count += 1
         print(decoder.step(tokenizer, token) or "", end="", flush=True)
-    seconds, size = time.perf_counter() - start, sum(parameter.numel() for parameter in model.parameters())
+    seconds = time.perf_counter() - start
     speed = f"{prompt.shape[1]} + {count} tokens in {seconds:.1f} s, {count / seconds:.0f} tokens/s"
-    print(f"\n{device}, {size / 1e6:.1f}M parameters: {speed}", file=sys.stderr)
+    print(f"\n{device}, {speed}", file=sys.stderr)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # the reader of the output, `head` say, has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (KeyboardInterrupt, BrokenPipeError):  # control-C; the reader of the output, `head` say, has left
+        os._exit(130)
     except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
-    except KeyboardInterrupt:
-        sys.exit(130)
