@@ -50,9 +50,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+
 # ---------------------------------------------------- 2. Config -------------------------------------------------------
-
-
 @dataclass
 class MambaConfig:
     """Sizes and settings of a model. Raises ValueError for values that make no sense, naming the field."""
@@ -119,15 +118,12 @@ class MambaConfig:
 
 
 # ----------------------------------------------- 3. The selective scan ------------------------------------------------
-
-
 def selective_scan_recurrence(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The definition: the SSM of Algorithm 2, as the recurrence of equation 2, one step after the other.
 
-    Arguments, of one type, and results are those of `selective_scan` without D and z, which computes the same fast.
-    """
+    Arguments, of one type, and results are those of `selective_scan` without D and z, which computes the same fast."""
     h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state  # (b, e, n)
     ys = []
     for u_t, dt_t, B_t, C_t in zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
@@ -153,21 +149,17 @@ def selective_scan(
     mode. Raises ValueError for arguments that don't fit.
 
     pieces: how many parts of a sequence are scanned side by side, for GPUs, where a step is a small kernel that keeps
-    few cores busy. It changes the work and not the result; None chooses by the sizes and the device.
-    """
+    few cores busy. It changes the work and not the result; None chooses by the sizes and the device."""
     _check("u", u, "b", "l", "e")
     _check("A", A, u.shape[2], "n")
     (b, l, e), n = u.shape, A.shape[-1]
-    for name, v, *shape in (
-        ("dt", dt, b, l, e), ("B", B, b, l, n), ("C", C, b, l, n),
-        ("initial_state", initial_state, b, e, n), ("D", D, e), ("z", z, b, l, e),
-    ):  # fmt: skip
+    for name, v, *shape in (("dt", dt, b, l, e), ("B", B, b, l, n), ("C", C, b, l, n), ("D", D, e), ("z", z, b, l, e)):
         _check(name, v, *shape)
+    _check("initial_state", initial_state, b, e, n)
     _check("starts", starts, b, l, kind="boolean")
     u, A, B, C = (v.to(dt.dtype) for v in (u, A, B, C))
     h = dt.new_zeros(b, e, n) if initial_state is None else initial_state.to(dt.dtype)
-    if pieces is not None and pieces < 1:
-        raise ValueError(f"pieces must be None or a positive integer, got {pieces}")
+    _require(pieces is None or pieces > 0, f"pieces must be None or a positive integer, got {pieces}")
     if pieces is None:  # enough to fill a GPU, no more than each has steps; each is read twice, so two save nothing
         most = 1 if u.device.type == "cpu" else min(math.isqrt(int(l)), 2**21 // max(1, b * e * n))
         pieces = most if most > 2 else 1
@@ -242,8 +234,7 @@ def _scan_backward(
 
     The states of each block are computed again (section 3.3.2). With g the gradient of h,
 
-        g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}        q_t = g_t * exp(dt_t A) * h_{t-1}, the gradient of dt_t A
-    """
+        g_t = C_t dy_t + exp(dt_{t+1} A) g_{t+1}        q_t = g_t * exp(dt_t A) * h_{t-1}, the gradient of dt_t A"""
     du, ddt, dB, dC, dh = *(torch.empty_like(v) for v in (u, dt, B, C)), dh.clone()
     blocks, space = _blocks(dh, u.shape[1])
     dA = torch.zeros_like(space[0, 0])  # (r, n, e)
@@ -321,8 +312,6 @@ def _scan_in_pieces(
 
 
 # -------------------------------------------- 4. The layer (Figure 3) -----------------------------------------------
-
-
 @dataclass
 class LayerState:
     """What a layer remembers of the sequence that it has read; empty at the start.
@@ -346,8 +335,7 @@ class CausalConv1d(nn.Conv1d):
         """(b, l, c) to the same shape. `state.conv_state` (b, c, k) holds what came before, and is replaced.
 
         lengths: (b,), how many steps of each row are real; the padding that follows them stays out of the state.
-        starts: (b, l), where a document begins, from which those before stay hidden.
-        """
+        starts: (b, l), where a document begins, from which those before stay hidden."""
         (b, l, c), k = x.shape, self.kernel_size[0]
         taps = self.weight[:, 0].to(torch.promote_types(self.weight.dtype, torch.float32))  # (c, k)
         before = x.new_zeros(b, c, k) if state is None or state.conv_state is None else state.conv_state
@@ -357,8 +345,7 @@ class CausalConv1d(nn.Conv1d):
         if starts is not None:
             document = F.pad(starts.cumsum(1), (k, 0))  # (b, k + l)
             for i in range(k - 1):  # the newest is of its own document
-                same = document[:, i : i + l + 1] == document[:, k - 1 :]
-                windows[i] = torch.where(same[..., None], windows[i], 0)
+                windows[i] = torch.where((document[:, i : i + l + 1] == document[:, k - 1 :])[..., None], windows[i], 0)
         y = x.new_zeros(c) if self.bias is None else self.bias.to(x.dtype)
         y = torch.addcmul(y, windows[0][:, 1:], taps[:, 0])
         for i in range(1, k):  # in this layout faster than F.conv1d
@@ -408,8 +395,7 @@ class MambaMixer(nn.Module):
         state: what was read before x; the tensors in it are replaced by new ones. None: nothing, and nothing is kept.
         lengths: (b,), how many steps of each row are real; padding follows them and leaves the state alone.
         seq_idx: (b, l), integers that change where a new document begins, before which the state is forgotten; the
-            first step goes on with the state's document.
-        """
+            first step goes on with the state's document."""
         config, s = self.config, torch.promote_types(self.A_log.dtype, torch.float32)
         state = state or LayerState()
         _check("the input", x, "b", "l", config.d_model)
@@ -435,8 +421,6 @@ class MambaMixer(nn.Module):
 
 
 # ------------------------------------- 5. Block, encoder, model, language model ---------------------------------------
-
-
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, in float32 at least; the result has the weight's type."""
 
@@ -460,8 +444,6 @@ class MambaBlock(nn.Module):
 class MambaPreTrained(nn.Module):
     """What all models have: a config, checkpoints, and methods about parameters and caches."""
 
-    config: MambaConfig
-
     @classmethod
     def from_pretrained(cls, name: str | Path, device: Any = None, dtype: Any = None, **hub: Any) -> Self:
         """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
@@ -474,10 +456,8 @@ class MambaPreTrained(nn.Module):
         return _load(cls, name, device or "cpu", dtype, hub)
 
     def save_pretrained(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors in transformers' format.
-
-        state_dict: the weights, where the model's are sharded over processes. Unless they fit the config a ValueError.
-        """
+        """Write config.json and model.safetensors in transformers' format; ValueError unless weights and config fit.
+        state_dict holds the weights of a model that is sharded over processes."""
         _save(self, Path(directory), state_dict)
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
@@ -491,12 +471,6 @@ class MambaPreTrained(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         return getattr(self, "backbone", self).embeddings
-
-    def get_cache_info(self, inference_params: Any) -> dict[str, float]:
-        return InferenceParams.get_cache_info(inference_params)
-
-    def reset_cache(self, inference_params: Any) -> None:
-        InferenceParams.reset(inference_params)
 
 
 class MambaEncoder(MambaPreTrained):
@@ -520,8 +494,7 @@ class MambaEncoder(MambaPreTrained):
             all layers have succeeded; gradients stop there, between two calls.
         attention_mask: (b, l) of 0 and 1, the tokens of this call. Where it is 0 nothing is read.
         seq_idx: (b, l), integers that change where a new document begins, for documents packed into a row: none sees
-            another. The first token goes on with the document in the cache, which then holds each row's last one.
-        """
+            another. The first token goes on with the document in the cache, which then holds each row's last one."""
         _check("the input", x, "b", "l", self.config.d_model)
         dtype = self.norm_f.weight.dtype
         x = x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
@@ -599,8 +572,7 @@ class MambaForCausalLM(MambaPreTrained):
         labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; neither does padding, nor
             the first token of a document. Then the result is a dict of "loss" (mean cross entropy in nats, float32)
             and "logits", or with loss_only of "loss" alone: that never holds the logits of all positions.
-        num_last_tokens: k > 0 gives the logits of the last k positions alone.
-        """
+        num_last_tokens: k > 0 gives the logits of the last k positions alone."""
         fits = type(num_last_tokens) is int and 0 <= num_last_tokens <= (math.inf if labels is None else 0)
         _require(fits, f"num_last_tokens must be 0 (all), or greater without labels, got {num_last_tokens!r}")
         if labels is not None:
@@ -622,10 +594,9 @@ class MambaForCausalLM(MambaPreTrained):
         return self(token_ids[..., None], inference_params)[:, -1]
 
     @torch.no_grad()
-    def advance(self, token_ids: Tensor, states: "States") -> tuple[Tensor, "States"]:
-        """`step` as a function, for torch.compile and torch.export: ids (b,) and states to logits and new states.
-
-        states: the `key_value_memory_dict` of a cache; {} at the start of a sequence."""
+    def advance(self, token_ids: Tensor, states: Mapping[int, tuple]) -> tuple[Tensor, dict[int, tuple]]:
+        """`step` as a function, for torch.compile and torch.export: ids (b,) and states (the `key_value_memory_dict` of
+        a cache; {} at the start of a sequence) to logits and new states."""
         cache = InferenceParams(dict(states))
         return self(token_ids[..., None], cache)[:, -1], cache.key_value_memory_dict
 
@@ -653,15 +624,12 @@ class MambaForCausalLM(MambaPreTrained):
         tokens = _generate(self, input_ids, *args, **kwargs)
         return (token.item() for token in tokens) if len(input_ids) == 1 else tokens
 
-    generate_streaming = stream  # MiniMamba
-
     def resize_token_embeddings(self, vocab_size: int) -> nn.Module:
         """Give embedding and head rows for vocab_size tokens; rows that are new start as in a new model."""
         config = replace(self.config, vocab_size=vocab_size or 0)  # checks it
         for part in {self.get_input_embeddings(), self.get_output_embeddings()}:
-            old = part.weight.detach()
-            new = old.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
-            new[: len(old)] = old[: len(new)]
+            new = part.weight.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
+            new[: len(part.weight)] = part.weight.detach()[: len(new)]
             part.weight = nn.Parameter(new, part.weight.requires_grad)
             setattr(part, "num_embeddings" if isinstance(part, nn.Embedding) else "out_features", len(new))
         self.config.vocab_size = vocab_size
@@ -725,23 +693,19 @@ def _loss_in_slices(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 # --------------------------------------------------- 6. Generation ----------------------------------------------------
-
 PROMPT_SEGMENT = 512  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
 LOSS_SLICE = 1024  # positions (of all rows together) whose logits exist at once, where the loss alone is wanted
-States = dict[int, tuple[Tensor, ...]]  # of each layer, by its position: the tensors of its LayerState
 
 
 @dataclass
 class InferenceParams:
     """A cache: the state of every layer after the tokens read so far, all that generation has to remember.
 
-    `key_value_memory_dict[position of the layer] = (conv_state, ssm_state)`; empty: the start of a sequence.
-    Models take any object with that dict. They replace its tensors by new ones, never write to them, and detach them:
-    gradients don't flow from one call of a model into the one before (those of a layer do, through its LayerState).
-    `seqlen_offset` counts the tokens read, padding included, for information.
-    """
+    `key_value_memory_dict[position of the layer] = (conv_state, ssm_state)`; empty: the start of a sequence. Models
+    take any object with that dict, and replace its tensors by new ones, detached: gradients don't flow from one call of
+    a model into the one before. `seqlen_offset` counts the tokens read, padding included, for information."""
 
-    key_value_memory_dict: States = field(default_factory=dict)
+    key_value_memory_dict: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     seqlen_offset: int = 0
 
     def reset(self) -> None:
@@ -749,8 +713,6 @@ class InferenceParams:
         self.key_value_memory_dict.clear()
         if isinstance(self, InferenceParams):
             self.seqlen_offset = 0
-
-    reset_cache = reset  # MiniMamba's name
 
     def clone(self) -> "InferenceParams":
         """A copy: continue one prefix in several ways."""
@@ -840,8 +802,6 @@ def token_probabilities(logits: Tensor, temperature: float, top_k: int | None, t
 
 
 # ------------------------------------ 7. Other heads, and other projects' names ---------------------------------------
-
-
 class MambaForSequenceClassification(MambaPreTrained):
     """A linear classifier (config.num_labels) on the pooled hidden states (config.pooling_strategy)."""
 
@@ -861,8 +821,7 @@ class MambaForSequenceClassification(MambaPreTrained):
 
         attention_mask: (b, l) of 0 and 1. Where it is 0 nothing is read.
         labels: (b,) classes, or numbers where num_labels is 1. Then the result is a dict of "loss" (mean cross entropy,
-            or mean squared error) and "logits".
-        """
+            or mean squared error) and "logits"."""
         hidden = self.backbone(input_ids, attention_mask=attention_mask)  # (b, l, d_model)
         real = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask
         real, s = real.bool()[..., None], torch.promote_types(hidden.dtype, torch.float32)  # (b, l, 1)
@@ -884,11 +843,15 @@ class MambaForSequenceClassification(MambaPreTrained):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-MambaForFeatureExtraction = MambaModel  # hidden states: MiniMamba
-MambaLMConfig = MambaClassificationConfig = MambaConfig  # MiniMamba
-S6 = MambaMixer  # MiniMamba
-MambaLMHeadModel = MambaForCausalLM  # state-spaces/mamba
-Mamba = MambaForCausalLM  # MiniMamba: a language model, where state-spaces' is a layer
+MambaLMHeadModel = MambaForCausalLM  # state-spaces/mamba; the others are MiniMamba's
+Mamba = MambaForCausalLM  # state-spaces' is a layer
+MambaForCausalLM.generate_streaming = MambaForCausalLM.stream
+MambaPreTrained.get_cache_info = staticmethod(InferenceParams.get_cache_info)
+MambaPreTrained.reset_cache = staticmethod(InferenceParams.reset)
+InferenceParams.reset_cache = InferenceParams.reset
+MambaForFeatureExtraction = MambaModel
+MambaLMConfig = MambaClassificationConfig = MambaConfig
+S6 = MambaMixer
 
 
 @dataclass
@@ -899,7 +862,6 @@ class BaseMambaConfig(MambaConfig):
 
 
 # -------------------------------------- 8. Checkpoints, and what a config allows --------------------------------------
-
 # Fields of config.json in transformers' format, ours=theirs, and the values that absent ones have there.
 TRANSFORMERS_FIELDS = """
     d_model=hidden_size n_layer=num_hidden_layers d_state=state_size d_conv=conv_kernel expand=expand
@@ -911,8 +873,7 @@ TRANSFORMERS_FIELDS = """
     dropout=classifier_dropout vocab_size=vocab_size"""
 TRANSFORMERS_DEFAULTS = {"n_layer": 32, "vocab_size": 50280, "initializer_range": 0.1}
 TRANSFORMERS_DEFAULTS |= {"pad_vocab_size_multiple": 1, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-# In state-spaces' format ssm_cfg has arguments of its layer by our names, and these: they must have a certain value, or
-# any where it has no effect on the result (...).
+# Arguments of state-spaces' layer that we don't have, with the value that they must have; ... where it has no effect.
 LAYER, SSM_CFG = "Mamba1", {"use_fast_path": ...}
 
 
@@ -993,10 +954,11 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
             safe = path.suffix == ".safetensors"
             new = load_file(path) if safe else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             new = {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in new.items()}
-            for tensor in new.values():
-                dense = tensor.is_cpu and tensor.layout == torch.strided and tensor.is_floating_point()
-                _require(dense and tensor.nbytes <= len(tensor.untyped_storage()), "it must hold dense, real tensors")
-            _require(tensors.keys().isdisjoint(new), "no tensor may be in two files")
+            ok = (v.is_cpu and v.layout == torch.strided and v.nbytes <= len(v.untyped_storage()) for v in new.values())
+            real = all(v.is_floating_point() for v in new.values())
+            _require(
+                real and all(ok) and tensors.keys().isdisjoint(new), "it must hold dense numbers, each in one file"
+            )
             tensors |= new
     except Exception as error:  # of as many kinds as there are ways to damage a file
         raise OSError(f"can't load {path}: {type(error).__name__}, {str(error).partition(chr(10))[0]}") from error
@@ -1094,8 +1056,6 @@ def _require(holds: bool, message: str) -> None:
 
 
 # -------------------------------------------------- 9. Command line ---------------------------------------------------
-
-
 def main() -> None:
     """Stream the continuation of a text to standard output, and a summary to standard error."""
     from huggingface_hub import hf_hub_download
@@ -1127,11 +1087,10 @@ def main() -> None:
         path = hf_hub_download("EleutherAI/gpt-neox-20b", "tokenizer.json")
     tokenizer, decoder = Tokenizer.from_file(str(path)), DecodeStream(skip_special_tokens=True)
     prompt = torch.tensor([tokenizer.encode(args.prompt).ids], device=device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    sampling = (args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    rng = torch.Generator(device).manual_seed(args.seed)
     print(args.prompt, end="", flush=True)
     start, count = time.perf_counter(), 0
-    for token in model.stream(prompt, *sampling, generator=generator):
+    for token in model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator=rng):
         count += 1
         print(decoder.step(tokenizer, token) or "", end="", flush=True)
     seconds = time.perf_counter() - start

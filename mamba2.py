@@ -55,9 +55,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+
 # ---------------------------------------------------- 2. Config -------------------------------------------------------
-
-
 @dataclass
 class Mamba2Config:
     """Sizes and settings of a model. Raises ValueError for values that make no sense, naming the field."""
@@ -131,15 +130,12 @@ class Mamba2Config:
 
 
 # ------------------------------------------- 3. State space duality (SSD) ---------------------------------------------
-
-
 def ssd_recurrence(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The definition: the linear, recurrent form, one step after the other; exp(dt A) and dt x are the paper's A and x.
 
-    Arguments, of one type, and results are those of `ssd` without D, which computes the same numbers fast.
-    """
+    Arguments, of one type, and results are those of `ssd` without D, which computes the same numbers fast."""
     (b, _, h, p), (g, n) = x.shape, B.shape[2:]
     state = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
     ys = []
@@ -154,16 +150,14 @@ def ssd_recurrence(
 def decay_matrix(a: Tensor) -> Tensor:
     """The 1-semiseparable mask L (section 3; exp(segsum) in Listing 1): L[i, j] = exp(a[j+1] + ... + a[i]), j <= i.
 
-    a: (..., q), not positive; L: (..., q, q), 0 above the diagonal.
-    """
+    a: (..., q), not positive; L: (..., q, q), 0 above the diagonal."""
     sums = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)  # without differences, which would cancel
     return _exp(sums).tril()
 
 
 def _exp(sums: Tensor) -> Tensor:
     """exp, but 0 where the result would come near the smallest normal number: CPUs are slow with those below it."""
-    lowest = 0.75 * math.log(torch.finfo(sums.dtype).tiny)
-    return sums.masked_fill(sums < lowest, -math.inf).exp()
+    return sums.masked_fill(sums < 0.75 * math.log(torch.finfo(sums.dtype).tiny), -math.inf).exp()
 
 
 def ssd(
@@ -178,8 +172,7 @@ def ssd(
 
     x: (b, l, h, p); dt: (b, l, h), not negative, of the computation's type; A: (h,), negative; B, C: (b, l, g, n), each
     shared by h / g heads; initial_state: (b, h, p, n) and D: (h,), zero when None; starts: (b, l), true where the state
-    before is forgotten. Returns y, like x, and the final state. Raises ValueError for arguments that don't fit.
-    """
+    before is forgotten. Returns y, like x, and the final state. Raises ValueError for arguments that don't fit."""
     _check("x", x, "b", "l", "h", "p")
     _check("B", B, *x.shape[:2], "g", "n")
     (b, l, h, p), (g, n) = x.shape, B.shape[2:]
@@ -239,8 +232,6 @@ def _ssd_segment(dtx: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor, q:
 
 
 # -------------------------------------------- 4. The layer (section 7) -----------------------------------------------
-
-
 @dataclass
 class LayerState:
     """What a layer remembers of the sequence that it has read; empty at the start.
@@ -264,8 +255,7 @@ class CausalConv1d(nn.Conv1d):
         """(b, l, c) to the same shape. `state.conv_state` (b, c, k) holds what came before, and is replaced.
 
         lengths: (b,), how many steps of each row are real; the padding that follows them stays out of the state.
-        starts: (b, l), where a document begins, from which those before stay hidden.
-        """
+        starts: (b, l), where a document begins, from which those before stay hidden."""
         (b, l, c), k = x.shape, self.kernel_size[0]
         taps = self.weight[:, 0].to(torch.promote_types(self.weight.dtype, torch.float32))  # (c, k)
         before = x.new_zeros(b, c, k) if state is None or state.conv_state is None else state.conv_state
@@ -275,8 +265,7 @@ class CausalConv1d(nn.Conv1d):
         if starts is not None:
             document = F.pad(starts.cumsum(1), (k, 0))  # (b, k + l)
             for i in range(k - 1):  # the newest is of its own document
-                same = document[:, i : i + l + 1] == document[:, k - 1 :]
-                windows[i] = torch.where(same[..., None], windows[i], 0)
+                windows[i] = torch.where((document[:, i : i + l + 1] == document[:, k - 1 :])[..., None], windows[i], 0)
         y = x.new_zeros(c) if self.bias is None else self.bias.to(x.dtype)
         y = torch.addcmul(y, windows[0][:, 1:], taps[:, 0])
         for i in range(1, k):  # in this layout faster than F.conv1d
@@ -310,8 +299,7 @@ class Mamba2Mixer(nn.Module):
         e, h, channels = config.d_inner, config.nheads, config.d_inner + 2 * config.ngroups * config.d_state
         self.in_proj = nn.Linear(config.d_model, e + channels + h, bias=config.bias)
         self.conv1d = CausalConv1d(channels, config.d_conv, bias=config.conv_bias)
-        dt = torch.empty(h).uniform_(math.log(config.dt_min), math.log(config.dt_max))  # as in the official code
-        dt = dt.exp().clamp(min=config.dt_init_floor)
+        dt = torch.empty(h).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp().clamp(config.dt_init_floor)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.A_log = nn.Parameter(torch.empty(h).uniform_(*config.A_init_range).log())
         self.D = nn.Parameter(torch.ones(h))
@@ -328,8 +316,7 @@ class Mamba2Mixer(nn.Module):
         state: what was read before x; the tensors in it are replaced by new ones. None: nothing, and nothing is kept.
         lengths: (b,), how many steps of each row are real; padding follows them and leaves the state alone.
         seq_idx: (b, l), integers that change where a new document begins, before which the state is forgotten; the
-            first step goes on with the state's document.
-        """
+            first step goes on with the state's document."""
         config = self.config
         _check("the input", x, "b", "l", config.d_model)
         e, h, g, n, state = config.d_inner, config.nheads, config.ngroups, config.d_state, state or LayerState()
@@ -354,8 +341,6 @@ class Mamba2Mixer(nn.Module):
 
 
 # ------------------------------------- 5. Block, encoder, model, language model ---------------------------------------
-
-
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, in float32 at least; the result has the weight's type."""
 
@@ -379,8 +364,6 @@ class Mamba2Block(nn.Module):
 class Mamba2PreTrained(nn.Module):
     """What all models have: a config, checkpoints, and methods about parameters and caches."""
 
-    config: Mamba2Config
-
     @classmethod
     def from_pretrained(cls, name: str | Path, device: Any = None, dtype: Any = None, **hub: Any) -> Self:
         """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
@@ -393,10 +376,8 @@ class Mamba2PreTrained(nn.Module):
         return _load(cls, name, device or "cpu", dtype, hub)
 
     def save_pretrained(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write config.json and model.safetensors in transformers' format.
-
-        state_dict: the weights, where the model's are sharded over processes. Unless they fit the config a ValueError.
-        """
+        """Write config.json and model.safetensors in transformers' format; ValueError unless weights and config fit.
+        state_dict holds the weights of a model that is sharded over processes."""
         _save(self, Path(directory), state_dict)
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
@@ -410,12 +391,6 @@ class Mamba2PreTrained(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         return getattr(self, "backbone", self).embeddings
-
-    def get_cache_info(self, inference_params: Any) -> dict[str, float]:
-        return InferenceParams.get_cache_info(inference_params)
-
-    def reset_cache(self, inference_params: Any) -> None:
-        InferenceParams.reset(inference_params)
 
 
 class Mamba2Encoder(Mamba2PreTrained):
@@ -439,8 +414,7 @@ class Mamba2Encoder(Mamba2PreTrained):
             all layers have succeeded; gradients stop there, between two calls.
         attention_mask: (b, l) of 0 and 1, the tokens of this call. Where it is 0 nothing is read.
         seq_idx: (b, l), integers that change where a new document begins, for documents packed into a row: none sees
-            another. The first token goes on with the document in the cache, which then holds each row's last one.
-        """
+            another. The first token goes on with the document in the cache, which then holds each row's last one."""
         _check("the input", x, "b", "l", self.config.d_model)
         dtype = self.norm_f.weight.dtype
         x = x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
@@ -518,8 +492,7 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; neither does padding, nor
             the first token of a document. Then the result is a dict of "loss" (mean cross entropy in nats, float32)
             and "logits", or with loss_only of "loss" alone: that never holds the logits of all positions.
-        num_last_tokens: k > 0 gives the logits of the last k positions alone.
-        """
+        num_last_tokens: k > 0 gives the logits of the last k positions alone."""
         fits = type(num_last_tokens) is int and 0 <= num_last_tokens <= (math.inf if labels is None else 0)
         _require(fits, f"num_last_tokens must be 0 (all), or greater without labels, got {num_last_tokens!r}")
         if labels is not None:
@@ -541,10 +514,9 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         return self(token_ids[..., None], inference_params)[:, -1]
 
     @torch.no_grad()
-    def advance(self, token_ids: Tensor, states: "States") -> tuple[Tensor, "States"]:
-        """`step` as a function, for torch.compile and torch.export: ids (b,) and states to logits and new states.
-
-        states: the `key_value_memory_dict` of a cache; {} at the start of a sequence."""
+    def advance(self, token_ids: Tensor, states: Mapping[int, tuple]) -> tuple[Tensor, dict[int, tuple]]:
+        """`step` as a function, for torch.compile and torch.export: ids (b,) and states (the `key_value_memory_dict` of
+        a cache; {} at the start of a sequence) to logits and new states."""
         cache = InferenceParams(dict(states))
         return self(token_ids[..., None], cache)[:, -1], cache.key_value_memory_dict
 
@@ -572,15 +544,12 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         tokens = _generate(self, input_ids, *args, **kwargs)
         return (token.item() for token in tokens) if len(input_ids) == 1 else tokens
 
-    generate_streaming = stream  # MiniMamba
-
     def resize_token_embeddings(self, vocab_size: int) -> nn.Module:
         """Give embedding and head rows for vocab_size tokens; rows that are new start as in a new model."""
         config = replace(self.config, vocab_size=vocab_size or 0)  # checks it
         for part in {self.get_input_embeddings(), self.get_output_embeddings()}:
-            old = part.weight.detach()
-            new = old.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
-            new[: len(old)] = old[: len(new)]
+            new = part.weight.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
+            new[: len(part.weight)] = part.weight.detach()[: len(new)]
             part.weight = nn.Parameter(new, part.weight.requires_grad)
             setattr(part, "num_embeddings" if isinstance(part, nn.Embedding) else "out_features", len(new))
         self.config.vocab_size = vocab_size
@@ -644,23 +613,19 @@ def _loss_in_slices(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 # --------------------------------------------------- 6. Generation ----------------------------------------------------
-
 PROMPT_SEGMENT = 512  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
 LOSS_SLICE = 1024  # positions (of all rows together) whose logits exist at once, where the loss alone is wanted
-States = dict[int, tuple[Tensor, ...]]  # of each layer, by its position: the tensors of its LayerState
 
 
 @dataclass
 class InferenceParams:
     """A cache: the state of every layer after the tokens read so far, all that generation has to remember.
 
-    `key_value_memory_dict[position of the layer] = (conv_state, ssm_state)`; empty: the start of a sequence.
-    Models take any object with that dict. They replace its tensors by new ones, never write to them, and detach them:
-    gradients don't flow from one call of a model into the one before (those of a layer do, through its LayerState).
-    `seqlen_offset` counts the tokens read, padding included, for information.
-    """
+    `key_value_memory_dict[position of the layer] = (conv_state, ssm_state)`; empty: the start of a sequence. Models
+    take any object with that dict, and replace its tensors by new ones, detached: gradients don't flow from one call of
+    a model into the one before. `seqlen_offset` counts the tokens read, padding included, for information."""
 
-    key_value_memory_dict: States = field(default_factory=dict)
+    key_value_memory_dict: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     seqlen_offset: int = 0
 
     def reset(self) -> None:
@@ -668,8 +633,6 @@ class InferenceParams:
         self.key_value_memory_dict.clear()
         if isinstance(self, InferenceParams):
             self.seqlen_offset = 0
-
-    reset_cache = reset  # MiniMamba's name
 
     def clone(self) -> "InferenceParams":
         """A copy: continue one prefix in several ways."""
@@ -759,8 +722,6 @@ def token_probabilities(logits: Tensor, temperature: float, top_k: int | None, t
 
 
 # ------------------------------------ 7. Other heads, and other projects' names ---------------------------------------
-
-
 class Mamba2ForSequenceClassification(Mamba2PreTrained):
     """A linear classifier (config.num_labels) on the pooled hidden states (config.pooling_strategy)."""
 
@@ -780,8 +741,7 @@ class Mamba2ForSequenceClassification(Mamba2PreTrained):
 
         attention_mask: (b, l) of 0 and 1. Where it is 0 nothing is read.
         labels: (b,) classes, or numbers where num_labels is 1. Then the result is a dict of "loss" (mean cross entropy,
-            or mean squared error) and "logits".
-        """
+            or mean squared error) and "logits"."""
         hidden = self.backbone(input_ids, attention_mask=attention_mask)  # (b, l, d_model)
         real = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask
         real, s = real.bool()[..., None], torch.promote_types(hidden.dtype, torch.float32)  # (b, l, 1)
@@ -803,13 +763,16 @@ class Mamba2ForSequenceClassification(Mamba2PreTrained):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-Mamba2ForFeatureExtraction = Mamba2Model  # hidden states: MiniMamba
-Mamba2LMHeadModel = Mamba2ForCausalLM  # mamba2-minimal, state-spaces/mamba
-Mamba2 = Mamba2Mixer  # mamba2-minimal, state-spaces/mamba: the layer
+Mamba2LMHeadModel = Mamba2ForCausalLM  # mamba2-minimal's and state-spaces'; the others are MiniMamba's
+Mamba2 = Mamba2Mixer
+Mamba2ForCausalLM.generate_streaming = Mamba2ForCausalLM.stream
+Mamba2PreTrained.get_cache_info = staticmethod(InferenceParams.get_cache_info)
+Mamba2PreTrained.reset_cache = staticmethod(InferenceParams.reset)
+InferenceParams.reset_cache = InferenceParams.reset
+Mamba2ForFeatureExtraction = Mamba2Model
 
 
 # -------------------------------------- 8. Checkpoints, and what a config allows --------------------------------------
-
 # Fields of config.json in transformers' format, ours=theirs, and the values that absent ones have there.
 TRANSFORMERS_FIELDS = """
     d_model=hidden_size n_layer=num_hidden_layers d_state=state_size d_conv=conv_kernel expand=expand headdim=head_dim
@@ -821,8 +784,7 @@ TRANSFORMERS_FIELDS = """
 TRANSFORMERS_DEFAULTS = {"d_model": 4096, "n_layer": 64, "vocab_size": 32768, "ngroups": 8, "tie_embeddings": False}
 TRANSFORMERS_DEFAULTS |= {"pad_vocab_size_multiple": 1, "initializer_range": 0.1}
 TRANSFORMERS_DEFAULTS |= {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
-# In state-spaces' format ssm_cfg has arguments of its layer by our names, and these: they must have a certain value, or
-# any where it has no effect on the result (...).
+# Arguments of state-spaces' layer that we don't have, with the value that they must have; ... where it has no effect.
 LAYER, SSM_CFG = "Mamba2", {"chunk_size": ..., "conv_init": ..., "use_mem_eff_path": ..., "d_ssm": None}
 SSM_CFG |= {"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
 
@@ -904,10 +866,11 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
             safe = path.suffix == ".safetensors"
             new = load_file(path) if safe else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             new = {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in new.items()}
-            for tensor in new.values():
-                dense = tensor.is_cpu and tensor.layout == torch.strided and tensor.is_floating_point()
-                _require(dense and tensor.nbytes <= len(tensor.untyped_storage()), "it must hold dense, real tensors")
-            _require(tensors.keys().isdisjoint(new), "no tensor may be in two files")
+            ok = (v.is_cpu and v.layout == torch.strided and v.nbytes <= len(v.untyped_storage()) for v in new.values())
+            real = all(v.is_floating_point() for v in new.values())
+            _require(
+                real and all(ok) and tensors.keys().isdisjoint(new), "it must hold dense numbers, each in one file"
+            )
             tensors |= new
     except Exception as error:  # of as many kinds as there are ways to damage a file
         raise OSError(f"can't load {path}: {type(error).__name__}, {str(error).partition(chr(10))[0]}") from error
@@ -1005,8 +968,6 @@ def _require(holds: bool, message: str) -> None:
 
 
 # -------------------------------------------------- 9. Command line ---------------------------------------------------
-
-
 def main() -> None:
     """Stream the continuation of a text to standard output, and a summary to standard error."""
     from huggingface_hub import hf_hub_download
@@ -1038,11 +999,10 @@ def main() -> None:
         path = hf_hub_download("EleutherAI/gpt-neox-20b", "tokenizer.json")
     tokenizer, decoder = Tokenizer.from_file(str(path)), DecodeStream(skip_special_tokens=True)
     prompt = torch.tensor([tokenizer.encode(args.prompt).ids], device=device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    sampling = (args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    rng = torch.Generator(device).manual_seed(args.seed)
     print(args.prompt, end="", flush=True)
     start, count = time.perf_counter(), 0
-    for token in model.stream(prompt, *sampling, generator=generator):
+    for token in model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator=rng):
         count += 1
         print(decoder.step(tokenizer, token) or "", end="", flush=True)
     seconds = time.perf_counter() - start

@@ -56,9 +56,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+
 # ---------------------------------------------------- 2. Config -------------------------------------------------------
-
-
 @dataclass
 class Mamba3Config:
     """Sizes and settings of a model. Raises ValueError for values that make no sense, naming the field."""
@@ -133,16 +132,13 @@ class Mamba3Config:
 
 
 # -------------------------------------- 3. The trapezoidal recurrence and its dual ------------------------------------
-
-
 def trapezoid_recurrence(
     v: Tensor, dt: Tensor, lam: Tensor, A: Tensor, k: Tensor, q: Tensor, state: Tensor, last: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The definition, one step after the other. By the trapezoidal rule a step takes in dt times a mean of the input at
     its two ends, weighted by 1 - lam and lam, the earlier one decayed.
 
-    Arguments and results are those of `trapezoid_scan`, which computes the same numbers fast, for any l.
-    """
+    Arguments and results are those of `trapezoid_scan`, which computes the same numbers fast, for any l."""
     ys = []
     for v_t, dt_t, lam_t, A_t, k_t, q_t in zip(*(x.unbind(2) for x in (v, dt, lam, A, k, q)), strict=True):
         dt_t, lam_t, A_t = (x[..., None, None] for x in (dt_t, lam_t, A_t))  # (b, h, 1, 1)
@@ -158,16 +154,14 @@ def trapezoid_recurrence(
 def decay_matrix(a: Tensor) -> Tensor:
     """The 1-semiseparable mask L of Mamba-2: L[i, j] = exp(a[j+1] + ... + a[i]) for j <= i, else 0.
 
-    a: (..., t), not positive; L: (..., t, t).
-    """
+    a: (..., t), not positive; L: (..., t, t)."""
     sums = a[..., None].expand(*a.shape, a.shape[-1]).tril(-1).cumsum(-2)  # without differences, which would cancel
     return _exp(sums).tril()
 
 
 def _exp(sums: Tensor) -> Tensor:
     """exp, but 0 where the result would come near the smallest normal number: CPUs are slow with those below it."""
-    lowest = 0.75 * math.log(torch.finfo(sums.dtype).tiny)
-    return sums.masked_fill(sums < lowest, -math.inf).exp()
+    return sums.masked_fill(sums < 0.75 * math.log(torch.finfo(sums.dtype).tiny), -math.inf).exp()
 
 
 def trapezoid_scan(
@@ -183,8 +177,7 @@ def trapezoid_scan(
     row for each. Returns y (b, h, l, r, p) and the state.
 
     Input i reaches its own output by gamma_i, and later ones by beta_{i+1} as well: in all by the weight
-    w_i = gamma_i + (1 - lam_{i+1}) dt_{i+1}, since beta has the decay of step i + 1 in it.
-    """
+    w_i = gamma_i + (1 - lam_{i+1}) dt_{i+1}, since beta has the decay of step i + 1 in it."""
     l, r, t = v.shape[2], v.shape[3], min(chunk_size, v.shape[2])
     late, gamma, a = (1 - lam) * dt, lam * dt, dt * A
     if starts is not None:
@@ -220,8 +213,6 @@ def trapezoid_scan(
 
 
 # -------------------------------------------------- 4. The layer ------------------------------------------------------
-
-
 @dataclass
 class LayerState:
     """What a layer remembers of the sequence that it has read; empty at the start.
@@ -249,8 +240,7 @@ def rotate(v: Tensor, phi: Tensor) -> Tensor:
     """Turn pairs of entries of v (..., n) by phi (..., s) turns: (a, c) to (a cos - c sin, a sin + c cos).
 
     The first half of v holds the a's and the second the c's; the pairs from s on stay as they are. Products of k and q
-    turned so see only differences of phi, as if the state turned from step to step (RoPE with selected angles).
-    """
+    turned so see only differences of phi, as if the state turned from step to step (RoPE with selected angles)."""
     s = phi.shape[-1]
     (a, a_rest), (c, c_rest) = (half.tensor_split([s], dim=-1) for half in v.chunk(2, dim=-1))
     cos, sin = torch.cos(2 * math.pi * phi), torch.sin(2 * math.pi * phi)
@@ -279,8 +269,7 @@ class Mamba3Mixer(nn.Module):
         e, h, p, n, r = config.d_inner, config.nheads, config.headdim, config.d_state, config.rank
         self.sizes = [e, e, config.ngroups * n * r, config.ngroups * n * r, h, h, h, config.n_angles]
         self.in_proj = nn.Linear(config.d_model, sum(self.sizes), bias=False)  # z, x, B, C, dt, A, lam, theta
-        dt = torch.empty(h).uniform_(math.log(config.dt_min), math.log(config.dt_max))  # as in the official code
-        dt = dt.exp().clamp(min=config.dt_init_floor)
+        dt = torch.empty(h).uniform_(math.log(config.dt_min), math.log(config.dt_max)).exp().clamp(config.dt_init_floor)
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
         self.B_bias, self.C_bias = nn.Parameter(torch.ones(h, r, n)), nn.Parameter(torch.ones(h, r, n))
         self.B_norm, self.C_norm = HeadRMSNorm(n), HeadRMSNorm(n)
@@ -300,8 +289,7 @@ class Mamba3Mixer(nn.Module):
         state: what was read before x; the tensors in it are replaced by new ones. None: nothing, and nothing is kept.
         lengths: (b,), how many steps of each row are real; padding follows them and leaves the state alone.
         seq_idx: (b, l), integers that change where a new document begins, before which the state is forgotten; the
-            first step goes on with the state's document.
-        """
+            first step goes on with the state's document."""
         config, r = self.config, self.config.rank
         _check("the input", x, "b", "l", config.d_model)
         (b, l, _), projected = x.shape, self.in_proj(x)
@@ -388,8 +376,6 @@ def _last(x: Tensor, lengths: Tensor | None, before: Tensor) -> Tensor:
 
 
 # ------------------------------------- 5. Block, encoder, model, language model ---------------------------------------
-
-
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, in float32 at least; the result has the weight's type."""
 
@@ -431,8 +417,6 @@ class Mamba3Block(nn.Module):
 class Mamba3PreTrained(nn.Module):
     """What all models have: a config, checkpoints, and methods about parameters and caches."""
 
-    config: Mamba3Config
-
     @classmethod
     def from_pretrained(cls, name: str | Path, device: Any = None, dtype: Any = None, **hub: Any) -> Self:
         """The model stored in a directory or in a repository of the Hugging Face hub, in evaluation mode.
@@ -447,11 +431,9 @@ class Mamba3PreTrained(nn.Module):
     def save_pretrained(
         self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None, safe_serialization: bool = True
     ) -> None:
-        """Write config.json, generation_config.json and model.safetensors.
-
-        safe_serialization: False writes pytorch_model.bin, with lm_head.weight, which the official package loads.
-        state_dict: the weights, where the model's are sharded over processes. Unless they fit the config a ValueError.
-        """
+        """Write config.json, generation_config.json and model.safetensors; ValueError unless weights and config fit.
+        state_dict holds the weights of a model that is sharded over processes. safe_serialization=False writes
+        pytorch_model.bin, with lm_head.weight, which the official package loads."""
         _save(self, Path(directory), state_dict, safe_serialization)
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
@@ -465,12 +447,6 @@ class Mamba3PreTrained(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         return getattr(self, "backbone", self).embeddings
-
-    def get_cache_info(self, inference_params: Any) -> dict[str, float]:
-        return InferenceParams.get_cache_info(inference_params)
-
-    def reset_cache(self, inference_params: Any) -> None:
-        InferenceParams.reset(inference_params)
 
 
 class Mamba3Encoder(Mamba3PreTrained):
@@ -495,8 +471,7 @@ class Mamba3Encoder(Mamba3PreTrained):
             all layers have succeeded; gradients stop there, between two calls.
         attention_mask: (b, l) of 0 and 1, the tokens of this call. Where it is 0 nothing is read.
         seq_idx: (b, l), integers that change where a new document begins, for documents packed into a row: none sees
-            another. The first token goes on with the document in the cache, which then holds each row's last one.
-        """
+            another. The first token goes on with the document in the cache, which then holds each row's last one."""
         _check("the input", x, "b", "l", self.config.d_model)
         dtype = self.norm_f.weight.dtype
         x = x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
@@ -574,8 +549,7 @@ class Mamba3ForCausalLM(Mamba3PreTrained):
         labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; neither does padding, nor
             the first token of a document. Then the result is a dict of "loss" (mean cross entropy in nats, float32)
             and "logits", or with loss_only of "loss" alone: that never holds the logits of all positions.
-        num_last_tokens: k > 0 gives the logits of the last k positions alone.
-        """
+        num_last_tokens: k > 0 gives the logits of the last k positions alone."""
         fits = type(num_last_tokens) is int and 0 <= num_last_tokens <= (math.inf if labels is None else 0)
         _require(fits, f"num_last_tokens must be 0 (all), or greater without labels, got {num_last_tokens!r}")
         if labels is not None:
@@ -597,10 +571,9 @@ class Mamba3ForCausalLM(Mamba3PreTrained):
         return self(token_ids[..., None], inference_params)[:, -1]
 
     @torch.no_grad()
-    def advance(self, token_ids: Tensor, states: "States") -> tuple[Tensor, "States"]:
-        """`step` as a function, for torch.compile and torch.export: ids (b,) and states to logits and new states.
-
-        states: the `key_value_memory_dict` of a cache; {} at the start of a sequence."""
+    def advance(self, token_ids: Tensor, states: Mapping[int, tuple]) -> tuple[Tensor, dict[int, tuple]]:
+        """`step` as a function, for torch.compile and torch.export: ids (b,) and states (the `key_value_memory_dict` of
+        a cache; {} at the start of a sequence) to logits and new states."""
         cache = InferenceParams(dict(states))
         return self(token_ids[..., None], cache)[:, -1], cache.key_value_memory_dict
 
@@ -628,15 +601,12 @@ class Mamba3ForCausalLM(Mamba3PreTrained):
         tokens = _generate(self, input_ids, *args, **kwargs)
         return (token.item() for token in tokens) if len(input_ids) == 1 else tokens
 
-    generate_streaming = stream  # MiniMamba
-
     def resize_token_embeddings(self, vocab_size: int) -> nn.Module:
         """Give embedding and head rows for vocab_size tokens; rows that are new start as in a new model."""
         config = replace(self.config, vocab_size=vocab_size or 0)  # checks it
         for part in {self.get_input_embeddings(), self.get_output_embeddings()}:
-            old = part.weight.detach()
-            new = old.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
-            new[: len(old)] = old[: len(new)]
+            new = part.weight.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
+            new[: len(part.weight)] = part.weight.detach()[: len(new)]
             part.weight = nn.Parameter(new, part.weight.requires_grad)
             setattr(part, "num_embeddings" if isinstance(part, nn.Embedding) else "out_features", len(new))
         self.config.vocab_size = vocab_size
@@ -700,10 +670,8 @@ def _loss_in_slices(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 # --------------------------------------------------- 6. Generation ----------------------------------------------------
-
 PROMPT_SEGMENT = 512  # tokens (of all rows together) of a prompt read at once: bounds the memory that a prompt takes
 LOSS_SLICE = 1024  # positions (of all rows together) whose logits exist at once, where the loss alone is wanted
-States = dict[int, tuple[Tensor, ...]]  # of each layer, by its position: the tensors of its LayerState
 
 
 @dataclass
@@ -711,12 +679,10 @@ class InferenceParams:
     """A cache: the state of every layer after the tokens read so far, all that generation has to remember.
 
     `key_value_memory_dict[position of the layer] = (angle, ssm_state, key, value)`; empty: the start of a sequence.
-    Models take any object with that dict. They replace its tensors by new ones, never write to them, and detach them:
-    gradients don't flow from one call of a model into the one before (those of a layer do, through its LayerState).
-    `seqlen_offset` counts the tokens read, padding included, for information.
-    """
+    Models take any object with that dict, and replace its tensors by new ones, detached: gradients don't flow from one
+    call of a model into the one before. `seqlen_offset` counts the tokens read, padding included, for information."""
 
-    key_value_memory_dict: States = field(default_factory=dict)
+    key_value_memory_dict: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     seqlen_offset: int = 0
 
     def reset(self) -> None:
@@ -724,8 +690,6 @@ class InferenceParams:
         self.key_value_memory_dict.clear()
         if isinstance(self, InferenceParams):
             self.seqlen_offset = 0
-
-    reset_cache = reset  # MiniMamba's name
 
     def clone(self) -> "InferenceParams":
         """A copy: continue one prefix in several ways."""
@@ -815,8 +779,6 @@ def token_probabilities(logits: Tensor, temperature: float, top_k: int | None, t
 
 
 # ------------------------------------ 7. Other heads, and other projects' names ---------------------------------------
-
-
 class Mamba3ForSequenceClassification(Mamba3PreTrained):
     """A linear classifier (config.num_labels) on the pooled hidden states (config.pooling_strategy)."""
 
@@ -836,8 +798,7 @@ class Mamba3ForSequenceClassification(Mamba3PreTrained):
 
         attention_mask: (b, l) of 0 and 1. Where it is 0 nothing is read.
         labels: (b,) classes, or numbers where num_labels is 1. Then the result is a dict of "loss" (mean cross entropy,
-            or mean squared error) and "logits".
-        """
+            or mean squared error) and "logits"."""
         hidden = self.backbone(input_ids, attention_mask=attention_mask)  # (b, l, d_model)
         real = hidden.new_ones(hidden.shape[:2]) if attention_mask is None else attention_mask
         real, s = real.bool()[..., None], torch.promote_types(hidden.dtype, torch.float32)  # (b, l, 1)
@@ -859,13 +820,16 @@ class Mamba3ForSequenceClassification(Mamba3PreTrained):
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
-Mamba3ForFeatureExtraction = Mamba3Model  # hidden states: MiniMamba
-Mamba3LMHeadModel = Mamba3ForCausalLM  # state-spaces/mamba: MambaLMHeadModel with the layer Mamba3
-Mamba3 = Mamba3Mixer  # state-spaces/mamba: the layer
+Mamba3LMHeadModel = Mamba3ForCausalLM  # state-spaces'; the others are MiniMamba's
+Mamba3 = Mamba3Mixer
+Mamba3ForCausalLM.generate_streaming = Mamba3ForCausalLM.stream
+Mamba3PreTrained.get_cache_info = staticmethod(InferenceParams.get_cache_info)
+Mamba3PreTrained.reset_cache = staticmethod(InferenceParams.reset)
+InferenceParams.reset_cache = InferenceParams.reset
+Mamba3ForFeatureExtraction = Mamba3Model
 
 
 # -------------------------------------- 8. Checkpoints, and what a config allows --------------------------------------
-
 # The official loader takes these keys of config.json alone, and hands ssm_cfg to the layer, which ignores names that it
 # doesn't know: there are the layer's settings by our names, and what else our config has.
 OFFICIAL = {"attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "fused_add_norm": True}
@@ -900,8 +864,7 @@ def _to_state_spaces(config: Mamba3Config) -> dict[str, Any]:
     _require(config.norm_epsilon == 1e-5, f"norm_epsilon must be 1e-5 in a checkpoint, got {config.norm_epsilon}")
     elsewhere = {*TOP_LEVEL, *SPECIAL_TOKENS, "norm_epsilon", "gradient_checkpointing"}
     ssm_cfg = {name: value for name, value in config.to_dict().items() if name not in elsewhere}
-    top = {name: getattr(config, name) for name in TOP_LEVEL}
-    return top | OFFICIAL | {"ssm_cfg": {"layer": "Mamba3"} | ssm_cfg}
+    return {name: getattr(config, name) for name in TOP_LEVEL} | OFFICIAL | {"ssm_cfg": {"layer": "Mamba3"} | ssm_cfg}
 
 
 WEIGHT_FILES = [name + end for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
@@ -940,10 +903,11 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
             safe = path.suffix == ".safetensors"
             new = load_file(path) if safe else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             new = {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in new.items()}
-            for tensor in new.values():
-                dense = tensor.is_cpu and tensor.layout == torch.strided and tensor.is_floating_point()
-                _require(dense and tensor.nbytes <= len(tensor.untyped_storage()), "it must hold dense, real tensors")
-            _require(tensors.keys().isdisjoint(new), "no tensor may be in two files")
+            ok = (v.is_cpu and v.layout == torch.strided and v.nbytes <= len(v.untyped_storage()) for v in new.values())
+            real = all(v.is_floating_point() for v in new.values())
+            _require(
+                real and all(ok) and tensors.keys().isdisjoint(new), "it must hold dense numbers, each in one file"
+            )
             tensors |= new
     except Exception as error:  # of as many kinds as there are ways to damage a file
         raise OSError(f"can't load {path}: {type(error).__name__}, {str(error).partition(chr(10))[0]}") from error
@@ -996,10 +960,8 @@ def _save(model: Mamba3PreTrained, directory: Path, state_dict: Mapping[str, Ten
     _require(not sharded, "state_dict must hold the whole tensors of a sharded model: a full get_model_state_dict's")
     with torch.device("meta"):
         _fill(type(model)(model.config), tensors)
-    files = {"generation_config.json": {name: getattr(model.config, name) for name in SPECIAL_TOKENS}}
-    files = {
-        k: json.dumps(v, indent=2) + "\n" for k, v in (files | {"config.json": _to_state_spaces(model.config)}).items()
-    }
+    special, stored = {name: getattr(model.config, name) for name in SPECIAL_TOKENS}, _to_state_spaces(model.config)
+    files = {"generation_config.json": json.dumps(special, indent=2), "config.json": json.dumps(stored, indent=2)}
     tensors = {k.replace("embeddings.", "embedding."): v.detach().contiguous() for k, v in tensors.items()}
     if not safe and model.config.tie_embeddings:  # the official loader is strict
         tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
@@ -1046,8 +1008,6 @@ def _require(holds: bool, message: str) -> None:
 
 
 # -------------------------------------------------- 9. Command line ---------------------------------------------------
-
-
 def main() -> None:
     """Stream the continuation of a text to standard output, and a summary to standard error."""
     from huggingface_hub import hf_hub_download
@@ -1079,11 +1039,10 @@ def main() -> None:
         path = hf_hub_download(TOKENIZER, "tokenizer.json")
     tokenizer, decoder = Tokenizer.from_file(str(path)), DecodeStream(skip_special_tokens=True)
     prompt = torch.tensor([tokenizer.encode(args.prompt).ids], device=device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    sampling = (args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+    rng = torch.Generator(device).manual_seed(args.seed)
     print(args.prompt, end="", flush=True)
     start, count = time.perf_counter(), 0
-    for token in model.stream(prompt, *sampling, generator=generator):
+    for token in model.stream(prompt, args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator=rng):
         count += 1
         print(decoder.step(tokenizer, token) or "", end="", flush=True)
     seconds = time.perf_counter() - start

@@ -2259,7 +2259,7 @@ def test_parts_5_to_9_are_the_same_text_in_all_files(number, other):
     assert first == second and (len(first) > 0 or own != "nothing")
 
 
-LIMITS = dict(mamba=(1235, 700), mamba2=(1150, 620), mamba3=(1185, 680))  # lines; where the language model ends
+LIMITS = dict(mamba=(1110, 700), mamba2=(1020, 620), mamba3=(1060, 680))  # lines; where the language model ends
 
 
 def test_everything_is_short_enough_to_be_read(file):
