@@ -27,7 +27,7 @@ Glossary
     A           A       (e, n)          state matrix, diagonal and negative; the parameter is A_log = log(-A)
     B, C        B, C    (b, l, n)       input and output projections of the state, selected by the input
     D           D       (e,)            skip connection
-    z                   (b, l, e)       gate of the block (Figure 3)
+    z                   (b, l, e)       gate (Figure 3)
     conv_state          (b, e, d_conv)  the last inputs of the convolution, newest last
 """
 
@@ -123,7 +123,7 @@ def selective_scan_recurrence(
 ) -> tuple[Tensor, Tensor]:
     """The definition: the SSM of Algorithm 2, as the recurrence of equation 2, one step after the other.
 
-    Arguments, of one type, and results are those of `selective_scan` without D and z, which computes the same fast."""
+    Arguments, of one type, and results are those of `selective_scan` up to its `*`; that computes the same fast."""
     h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state  # (b, e, n)
     ys = []
     for u_t, dt_t, B_t, C_t in zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
@@ -176,8 +176,8 @@ def selective_scan(
 
 # A sequence is walked in blocks of a few steps, whose (steps, rows, n, e) tensors stay in a CPU's cache: a product and
 # an exp for all decays, a product for all inputs, a multiply-add for each step, a product with C. Decays are in [0, 1]:
-# nothing overflows. Channels come last, so that B and C broadcast over them; t: steps, r: rows of the batch. Operators
-# keep torch.compile from unrolling this; each copy of the file has its own.
+# nothing overflows. Channels come last, also in A (n, e), so that B and C broadcast over them; t: steps, r: rows of the
+# batch. Operators keep torch.compile from unrolling this; _NAMESPACE lets copies of this file live side by side.
 BLOCK = 32  # steps
 LOG2_E = math.log2(math.e)  # exp(x) = exp2(x log2(e)): CPUs are slow with an exp that underflows
 _NAMESPACE = re.sub(r"^(?=\d)|\W", "_", __name__, flags=re.ASCII)
@@ -243,10 +243,10 @@ def _scan_backward(
         starts_i = None if starts is None else starts[rows, steps]
         decay, h = _block_states(space, u_i, dt_i, A, B_i, borders[steps.start // BLOCK, rows], starts_i)
         g = torch.mul(dy_i[..., None, :], C_i[..., None], out=space[2, : len(u_i), : u_i.shape[1]])  # (t, r, n, e)
-        g[-1] += dh[rows]
+        g[-1] += dh[rows]  # from the block after this one
         for i in range(len(g) - 1, 0, -1):
             g[i - 1].addcmul_(decay[i], g[i])
-        dh[rows] = decay[0] * g[0]
+        dh[rows] = decay[0] * g[0]  # for the one before
         dC[rows, steps] = (dy_i[..., None, :] @ h[1:].mT).squeeze(-2).transpose(0, 1)
         dB[rows, steps] = ((dt_i * u_i)[..., None, :] @ g.mT).squeeze(-2).transpose(0, 1)
         d_dtu = (B_i[..., None, :] @ g).squeeze(-2)  # (t, r, e)
@@ -341,7 +341,7 @@ class CausalConv1d(nn.Conv1d):
         before = x.new_zeros(b, c, k) if state is None or state.conv_state is None else state.conv_state
         _check("the state's conv_state", before, b, c, k)
         x = torch.cat([before.mT.to(taps.dtype), x.to(taps.dtype)], dim=1)  # (b, k + l, c)
-        windows = [x[:, i : i + l + 1] for i in range(k)]  # the last k inputs after 0, 1, ..., l steps
+        windows = [x[:, i : i + l + 1] for i in range(k)]  # [i][:, j]: the ith of the last k inputs after j steps
         if starts is not None:
             document = F.pad(starts.cumsum(1), (k, 0))  # (b, k + l)
             for i in range(k - 1):  # the newest is of its own document
@@ -357,7 +357,7 @@ class CausalConv1d(nn.Conv1d):
 
 
 class StepSize(nn.Linear):
-    """The projection from dt_rank to e that makes dt, in float32 at least: half precision must not round its bias."""
+    """The projection from dt_rank to e that makes dt; its bias is added in float32 at least: half would round it."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(self.bias.dtype, torch.float32)
@@ -365,7 +365,7 @@ class StepSize(nn.Linear):
 
 
 class MambaMixer(nn.Module):
-    """The Mamba layer, (b, l, d_model) to the same shape: convolution and selective scan, gated by a second branch."""
+    """The paper's Mamba block (Figure 3), on (b, l, d_model): convolution and selective scan, gated by a branch."""
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
@@ -403,10 +403,10 @@ class MambaMixer(nn.Module):
         starts = None if seq_idx is None else _starts(seq_idx, lengths, x.shape[:2])
         u = F.silu(self.conv1d(u, state, lengths, starts)).to(x.dtype)  # (b, l, e)
         sizes = [config.dt_rank, config.d_state, config.d_state]
-        dt, B, C = self.x_proj(u).split(sizes, dim=-1)  # Algorithm 2, lines 2 to 4: selected by u
+        dt, B, C = self.x_proj(u).split(sizes, dim=-1)  # Algorithm 2, lines 2 to 4, dt in low rank: selected by u
         if config.mixer_rms_eps is not None:  # FalconMamba
             dt, B, C = (F.rms_norm(v.to(s), v.shape[-1:], eps=config.mixer_rms_eps).to(v.dtype) for v in (dt, B, C))
-        dt = F.softplus(self.dt_proj(dt))  # (b, l, e), float32 at least
+        dt = F.softplus(self.dt_proj(dt))  # the rest of line 4: (b, l, e), float32 at least
         if lengths is not None:
             dt = dt.masked_fill(_padded(x.shape[1], lengths)[..., None], 0)  # dt = 0 leaves the state alone
         A = -torch.exp(self.A_log.to(s))  # (e, n)
@@ -499,7 +499,7 @@ class MambaEncoder(MambaPreTrained):
         dtype = self.norm_f.weight.dtype
         x = x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
         order, lengths = (None, None) if attention_mask is None else _real_first(attention_mask, x.shape[:2])
-        if order is not None:
+        if order is not None:  # each row's real tokens first, then zeros
             x = x.take_along_dim(order[..., None], 1).masked_fill(_padded(x.shape[1], lengths)[..., None], 0)
             seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
         states = [None] * len(self.layers)
@@ -510,17 +510,17 @@ class MambaEncoder(MambaPreTrained):
             states = [LayerState(*stored.get(i, ())) for i in layers]
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, state in zip(self.layers, states, strict=True):
-            if recompute and state is None:  # once more a layer would start from the state that it has left
+            if recompute and state is None:  # with a state, a layer would start from where it ended the first time
                 x = checkpoint(layer, x, None, lengths, seq_idx, use_reentrant=False)
             else:
                 x = layer(x, state, lengths, seq_idx)
         x = self.norm_f(x)
         if inference_params is not None:
             for i, state in enumerate(states):
-                stored[i] = tuple(v.detach() for v in vars(state).values() if v is not None)
+                stored[i] = tuple(v.detach() for v in vars(state).values() if v is not None)  # a strange block has none
             if isinstance(inference_params, InferenceParams):
                 inference_params.seqlen_offset += x.shape[1]
-        return x if order is None else x.take_along_dim(order.argsort(1)[..., None], 1)
+        return x if order is None else x.take_along_dim(order.argsort(1)[..., None], 1)  # back in their places
 
 
 class Embedding(nn.Embedding):
@@ -566,7 +566,7 @@ class MambaForCausalLM(MambaPreTrained):
         attention_mask: Tensor | None = None, seq_idx: Tensor | None = None, num_last_tokens: int = 0,
         loss_only: bool = False,
     ) -> Tensor | dict[str, Tensor]:  # fmt: skip
-        """Logits (b, l, padded_vocab_size), float32, from ids (b, l) or embeddings (b, l, d_model).
+        """Logits (b, l, padded_vocab_size), float32 at least, from ids (b, l) or embeddings (b, l, d_model).
 
         inference_params, attention_mask, seq_idx: see the encoder. Any number of tokens a call.
         labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; neither does padding, nor
@@ -612,7 +612,7 @@ class MambaForCausalLM(MambaPreTrained):
         eos_token_id: an id or several, None for the config's, () for none. A row that drew one is filled up with the
             first of them and its state stays there; the result is shorter when all rows did.
         attention_mask: (b, l) of 0 and 1, for prompts of different lengths. Where it is 0 nothing is read.
-        use_cache: False reads the whole text anew for every token: the same ids, slowly.
+        use_cache: False reads the whole text anew for every token, where no cache is given: the same ids, slowly.
         inference_params: a cache whose text the prompt continues; afterwards it has read all but each row's last token.
         """
         sampling = (temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator, inference_params)
@@ -625,9 +625,9 @@ class MambaForCausalLM(MambaPreTrained):
         return (token.item() for token in tokens) if len(input_ids) == 1 else tokens
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Module:
-        """Give embedding and head rows for vocab_size tokens; rows that are new start as in a new model."""
+        """Give embedding and head rows for vocab_size tokens; those that are new start as in a new embedding."""
         config = replace(self.config, vocab_size=vocab_size or 0)  # checks it
-        for part in {self.get_input_embeddings(), self.get_output_embeddings()}:
+        for part in dict.fromkeys([self.get_input_embeddings(), self.get_output_embeddings()]):
             new = part.weight.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
             new[: len(part.weight)] = part.weight.detach()[: len(new)]
             part.weight = nn.Parameter(new, part.weight.requires_grad)

@@ -21,7 +21,7 @@ Glossary
     e                                           d_inner, the number of channels inside a layer; h * p
     h, p        H, P                            nheads, the number of heads, and headdim, the width of one
     n           N                               d_state, the size of the state of each channel
-    g           G                               ngroups: the heads of a group share B and C
+    g           G                               ngroups: the k = h / g heads of a group share B and C
     c, q        -, Q                            chunks side by side, and the steps in one
     x, u        X       (b, l, h, p)            input of the state space model
     y           Y       (b, l, h, p)            its output
@@ -135,7 +135,7 @@ def ssd_recurrence(
 ) -> tuple[Tensor, Tensor]:
     """The definition: the linear, recurrent form, one step after the other; exp(dt A) and dt x are the paper's A and x.
 
-    Arguments, of one type, and results are those of `ssd` without D, which computes the same numbers fast."""
+    Arguments, of one type, and results are those of `ssd` up to initial_state; that computes the same fast."""
     (b, _, h, p), (g, n) = x.shape, B.shape[2:]
     state = x.new_zeros(b, h, p, n) if initial_state is None else initial_state
     ys = []
@@ -156,7 +156,7 @@ def decay_matrix(a: Tensor) -> Tensor:
 
 
 def _exp(sums: Tensor) -> Tensor:
-    """exp, but 0 where the result would come near the smallest normal number: CPUs are slow with those below it."""
+    """exp, but 0 below tiny ** 0.75: CPUs are slow with numbers below tiny, to which products would come from there."""
     return sums.masked_fill(sums < 0.75 * math.log(torch.finfo(sums.dtype).tiny), -math.inf).exp()
 
 
@@ -191,7 +191,7 @@ def ssd(
             q = min(chunk_size, l)
             budget = 2**26 if x.device.type != "cpu" or torch.compiler.is_compiling() else 2**20  # elements of a tensor
             steps = q * max(1, budget // max(1, b * h * max(q * q, q * p, p * n)))
-            state, ys = rearrange(state, "b (g k) p n -> b g n (k p)", g=g), []  # k = h / g heads share products
+            state, ys = rearrange(state, "b (g k) p n -> b g n (k p)", g=g), []  # a product for the k heads of a group
             for segment in zip(*(v.split(steps, dim=1) for v in (x * dt[..., None], a, B, C)), strict=True):
                 y, state = _ssd_segment(*segment, state, q)
                 ys.append(y)
@@ -215,18 +215,18 @@ def _ssd_segment(dtx: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor, q:
 
     # 2. The state that each chunk's own inputs leave at its end (right factor of the off-diagonal blocks).
     to_end = rearrange(L[..., -1, :], "b c h q -> b c q h 1")
-    left = B.mT @ rearrange(dtx * to_end, "b c q (g k) p -> b c g q (k p)", g=g)  # (b, c, g, n, e/g)
+    own = B.mT @ rearrange(dtx * to_end, "b c q (g k) p -> b c g q (k p)", g=g)  # (b, c, g, n, k p)
 
     # 3. The state at the start of each chunk: a recurrence across chunks (middle factor).
     from_start = _exp(a.cumsum(-1))  # (b, c, h, q)
     decay = rearrange(from_start[..., -1:].expand(*a.shape[:-1], p), "b c (g k) p -> b c g 1 (k p)", g=g)
-    starts = []
-    for left_c, decay_c in zip(left.unbind(1), decay.unbind(1), strict=True):
-        starts.append(state)
-        state = torch.addcmul(left_c, decay_c, state)  # (b, g, n, e/g)
+    entering = []
+    for own_c, decay_c in zip(own.unbind(1), decay.unbind(1), strict=True):
+        entering.append(state)
+        state = torch.addcmul(own_c, decay_c, state)  # (b, g, n, k p)
 
     # 4. The output from the state at the start of the chunk (left factor).
-    carried = rearrange(C @ torch.stack(starts, 1), "b c g q (k p) -> b c q (g k) p", p=p)
+    carried = rearrange(C @ torch.stack(entering, 1), "b c g q (k p) -> b c q (g k) p", p=p)
     y = torch.addcmul(y.transpose(2, 3), carried, from_start.mT[..., None])  # (b, c, q, h, p)
     return y.flatten(1, 2)[:, :l], state
 
@@ -261,7 +261,7 @@ class CausalConv1d(nn.Conv1d):
         before = x.new_zeros(b, c, k) if state is None or state.conv_state is None else state.conv_state
         _check("the state's conv_state", before, b, c, k)
         x = torch.cat([before.mT.to(taps.dtype), x.to(taps.dtype)], dim=1)  # (b, k + l, c)
-        windows = [x[:, i : i + l + 1] for i in range(k)]  # the last k inputs after 0, 1, ..., l steps
+        windows = [x[:, i : i + l + 1] for i in range(k)]  # [i][:, j]: the ith of the last k inputs after j steps
         if starts is not None:
             document = F.pad(starts.cumsum(1), (k, 0))  # (b, k + l)
             for i in range(k - 1):  # the newest is of its own document
@@ -291,7 +291,7 @@ class GatedRMSNorm(nn.Module):
 
 
 class Mamba2Mixer(nn.Module):
-    """The Mamba-2 layer, (b, l, d_model) to the same shape: projection, convolution, SSD, gated norm (section 7)."""
+    """The paper's Mamba-2 block (section 7), on (b, l, d_model): projection, convolution, SSD, gated norm."""
 
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__()
@@ -419,7 +419,7 @@ class Mamba2Encoder(Mamba2PreTrained):
         dtype = self.norm_f.weight.dtype
         x = x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
         order, lengths = (None, None) if attention_mask is None else _real_first(attention_mask, x.shape[:2])
-        if order is not None:
+        if order is not None:  # each row's real tokens first, then zeros
             x = x.take_along_dim(order[..., None], 1).masked_fill(_padded(x.shape[1], lengths)[..., None], 0)
             seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
         states = [None] * len(self.layers)
@@ -430,17 +430,17 @@ class Mamba2Encoder(Mamba2PreTrained):
             states = [LayerState(*stored.get(i, ())) for i in layers]
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, state in zip(self.layers, states, strict=True):
-            if recompute and state is None:  # once more a layer would start from the state that it has left
+            if recompute and state is None:  # with a state, a layer would start from where it ended the first time
                 x = checkpoint(layer, x, None, lengths, seq_idx, use_reentrant=False)
             else:
                 x = layer(x, state, lengths, seq_idx)
         x = self.norm_f(x)
         if inference_params is not None:
             for i, state in enumerate(states):
-                stored[i] = tuple(v.detach() for v in vars(state).values() if v is not None)
+                stored[i] = tuple(v.detach() for v in vars(state).values() if v is not None)  # a strange block has none
             if isinstance(inference_params, InferenceParams):
                 inference_params.seqlen_offset += x.shape[1]
-        return x if order is None else x.take_along_dim(order.argsort(1)[..., None], 1)
+        return x if order is None else x.take_along_dim(order.argsort(1)[..., None], 1)  # back in their places
 
 
 class Embedding(nn.Embedding):
@@ -486,7 +486,7 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         attention_mask: Tensor | None = None, seq_idx: Tensor | None = None, num_last_tokens: int = 0,
         loss_only: bool = False,
     ) -> Tensor | dict[str, Tensor]:  # fmt: skip
-        """Logits (b, l, padded_vocab_size), float32, from ids (b, l) or embeddings (b, l, d_model).
+        """Logits (b, l, padded_vocab_size), float32 at least, from ids (b, l) or embeddings (b, l, d_model).
 
         inference_params, attention_mask, seq_idx: see the encoder. Any number of tokens a call.
         labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; neither does padding, nor
@@ -532,7 +532,7 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         eos_token_id: an id or several, None for the config's, () for none. A row that drew one is filled up with the
             first of them and its state stays there; the result is shorter when all rows did.
         attention_mask: (b, l) of 0 and 1, for prompts of different lengths. Where it is 0 nothing is read.
-        use_cache: False reads the whole text anew for every token: the same ids, slowly.
+        use_cache: False reads the whole text anew for every token, where no cache is given: the same ids, slowly.
         inference_params: a cache whose text the prompt continues; afterwards it has read all but each row's last token.
         """
         sampling = (temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator, inference_params)
@@ -545,9 +545,9 @@ class Mamba2ForCausalLM(Mamba2PreTrained):
         return (token.item() for token in tokens) if len(input_ids) == 1 else tokens
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Module:
-        """Give embedding and head rows for vocab_size tokens; rows that are new start as in a new model."""
+        """Give embedding and head rows for vocab_size tokens; those that are new start as in a new embedding."""
         config = replace(self.config, vocab_size=vocab_size or 0)  # checks it
-        for part in {self.get_input_embeddings(), self.get_output_embeddings()}:
+        for part in dict.fromkeys([self.get_input_embeddings(), self.get_output_embeddings()]):
             new = part.weight.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
             new[: len(part.weight)] = part.weight.detach()[: len(new)]
             part.weight = nn.Parameter(new, part.weight.requires_grad)

@@ -30,10 +30,10 @@ Glossary
     state       h       (b, h, p, n)        the state, `ssm_state` in a LayerState
     dt          Delta   (b, h, l)           step size
     A           A       (b, h, l)           decay rate, negative, selected by the input
-    alpha               (b, h, l)           exp(dt A), the decay of a step
     lam         lambda  (b, h, l)           share of the trapezoid's right end; 1 is Euler's rule
-    beta, gamma         (b, h, l)           (1 - lam) dt alpha and lam dt, the weights of the last input and of this one
-    phi                 (b, h, l, s)        angle in turns (1 is 2 pi)
+    alpha, beta, gamma  (b, h, l)           exp(dt A), (1 - lam) dt alpha, lam dt: weights of state, last and this input
+    D                   (h,)                skip connection
+    phi                 (b, h, l, s)        angle in turns (1 is 2 pi), the sum of dt tanh(theta) / 2
     z                   (b, h, l, 1, p)     gate
 """
 
@@ -81,7 +81,7 @@ class Mamba3Config:
     dt_init_floor: float = 1e-4
     A_floor: float = 1e-4  # -A is at least this
     A_activation: Literal["heavy_tail", "softplus"] = "heavy_tail"  # softplus: official until June 2026
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = 1e-5  # of the norms between layers; those inside have 1e-5
     residual_in_fp32: bool = True
     tie_embeddings: bool = True
     initializer_range: float = 0.02  # standard deviation of the embedding at the start
@@ -138,7 +138,7 @@ def trapezoid_recurrence(
     """The definition, one step after the other. By the trapezoidal rule a step takes in dt times a mean of the input at
     its two ends, weighted by 1 - lam and lam, the earlier one decayed.
 
-    Arguments and results are those of `trapezoid_scan`, which computes the same numbers fast, for any l."""
+    Arguments, for any l, and results are those of `trapezoid_scan` up to last; that computes the same fast."""
     ys = []
     for v_t, dt_t, lam_t, A_t, k_t, q_t in zip(*(x.unbind(2) for x in (v, dt, lam, A, k, q)), strict=True):
         dt_t, lam_t, A_t = (x[..., None, None] for x in (dt_t, lam_t, A_t))  # (b, h, 1, 1)
@@ -160,7 +160,7 @@ def decay_matrix(a: Tensor) -> Tensor:
 
 
 def _exp(sums: Tensor) -> Tensor:
-    """exp, but 0 where the result would come near the smallest normal number: CPUs are slow with those below it."""
+    """exp, but 0 below tiny ** 0.75: CPUs are slow with numbers below tiny, to which products would come from there."""
     return sums.masked_fill(sums < 0.75 * math.log(torch.finfo(sums.dtype).tiny), -math.inf).exp()
 
 
@@ -168,7 +168,7 @@ def trapezoid_scan(
     v: Tensor, dt: Tensor, lam: Tensor, A: Tensor, k: Tensor, q: Tensor, state: Tensor, last: Tensor,
     chunk_size: int = 64, starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The chunked form: Mamba-2's SSD with another mask. Matrix products alone, linear in l.
+    """The chunked form: Mamba-2's SSD with another mask, in matrix products, linear in l.
 
         state_t = alpha_t state_{t-1} + beta_t v_{t-1} k_{t-1}^T + gamma_t v_t k_t^T        y_t = q_t state_t^T
 
@@ -182,8 +182,8 @@ def trapezoid_scan(
     late, gamma, a = (1 - lam) * dt, lam * dt, dt * A
     if starts is not None:
         late, a = late.masked_fill(starts[:, None], 0), a.masked_fill(starts[:, None], -1e30)  # a decay of 0
-    state = state + late[:, :, 0, None, None] * last  # which lacked it
-    w = gamma + F.pad(late[:, :, 1:], (0, 1))  # the next call adds what the last input still lacks
+    state = state + late[:, :, 0, None, None] * last  # what the input before this call has left to give
+    w = gamma + F.pad(late[:, :, 1:], (0, 1))  # what the last input has left to give the next call adds, likewise
     if l % t:  # steps with v = k = w = a = 0 change nothing
         v, k, q = (F.pad(x, (0, 0, 0, 0, 0, -l % t)) for x in (v, k, q))
         a, w, gamma = (F.pad(x, (0, -l % t)) for x in (a, w, gamma))
@@ -191,23 +191,23 @@ def trapezoid_scan(
     a, w, gamma = (x.unflatten(2, (-1, t)) for x in (a, w, gamma))  # (b, h, c, t)
     L = decay_matrix(a)  # (b, h, c, t, t)
 
-    # 1. The output of each chunk from its own inputs: attention with the mask L, weighted; each rank sees all others.
+    # 1. The output of each chunk from its own inputs: attention with the mask L, weighted; each rank sees all ranks.
     mask = L.tril(-1) * w[..., None, :] + torch.diag_embed(gamma)
-    scores = rearrange(q @ k.mT, "b h c (i r) (j s) -> b h c i r j s", r=r, s=r) * mask[..., :, None, :, None]
-    y = rearrange(scores, "b h c i r j s -> b h c (i r) (j s)") @ v  # (b, h, c, t r, p)
+    scores = rearrange(q @ k.mT, "b h c (i r) (j m) -> b h c i r j m", r=r, m=r) * mask[..., :, None, :, None]
+    y = rearrange(scores, "b h c i r j m -> b h c (i r) (j m)") @ v  # (b, h, c, t r, p)
 
     # 2. The state that each chunk's own inputs leave at its end.
     to_end = (L[..., -1, :] * w).repeat_interleave(r, -1)[..., None]
-    left = (v * to_end).mT @ k  # (b, h, c, p, n)
+    own = (v * to_end).mT @ k  # (b, h, c, p, n)
 
     # 3. The state at the start of each chunk: a recurrence across chunks.
-    from_start, starts = _exp(a.cumsum(-1)), []  # (b, h, c, t)
-    for left_c, decay_c in zip(left.unbind(2), from_start[..., -1, None, None].unbind(2), strict=True):
-        starts.append(state)
-        state = torch.addcmul(left_c, decay_c, state)
+    from_start, entering = _exp(a.cumsum(-1)), []  # (b, h, c, t)
+    for own_c, decay_c in zip(own.unbind(2), from_start[..., -1, None, None].unbind(2), strict=True):
+        entering.append(state)
+        state = torch.addcmul(own_c, decay_c, state)
 
     # 4. The output from the state at the start of the chunk.
-    carried = q @ torch.stack(starts, 2).mT
+    carried = q @ torch.stack(entering, 2).mT
     y = torch.addcmul(y, carried, from_start.repeat_interleave(r, -1)[..., None])
     return rearrange(y, "b h c (t r) p -> b h (c t) r p", r=r)[:, :, :l], state
 
@@ -236,13 +236,14 @@ def cumsum_modulo_1(x: Tensor) -> Tensor:
     return ((x + before[..., None]) % 1).flatten(-2)[..., :l]
 
 
-def rotate(v: Tensor, phi: Tensor) -> Tensor:
-    """Turn pairs of entries of v (..., n) by phi (..., s) turns: (a, c) to (a cos - c sin, a sin + c cos).
+def rotate(B: Tensor, bias: Tensor, phi: Tensor) -> Tensor:
+    """Turn pairs of entries of B + bias (..., n) by phi (..., s) turns: (a, c) to (a cos - c sin, a sin + c cos).
 
-    The first half of v holds the a's and the second the c's; the pairs from s on stay as they are. Products of k and q
+    The first half of B holds the a's and the second the c's; the pairs from s on stay as they are. Products of k and q
     turned so see only differences of phi, as if the state turned from step to step (RoPE with selected angles)."""
-    s = phi.shape[-1]
-    (a, a_rest), (c, c_rest) = (half.tensor_split([s], dim=-1) for half in v.chunk(2, dim=-1))
+    s, half, n = phi.shape[-1], B.shape[-1] // 2, B.shape[-1]
+    parts = slice(s), slice(s, half), slice(half, half + s), slice(half + s, n)
+    a, a_rest, c, c_rest = (B[..., part] + bias[..., part] for part in parts)
     cos, sin = torch.cos(2 * math.pi * phi), torch.sin(2 * math.pi * phi)
     a, c = torch.addcmul(a * cos, c, sin, value=-1), torch.addcmul(c * cos, a, sin)
     return torch.cat([a, a_rest, c, c_rest], dim=-1)
@@ -275,7 +276,7 @@ class Mamba3Mixer(nn.Module):
         self.B_norm, self.C_norm = HeadRMSNorm(n), HeadRMSNorm(n)
         self.D = nn.Parameter(torch.ones(h))
         if config.is_mimo:
-            self.mimo_x, self.mimo_o = (nn.Parameter(torch.full((h, r, p), 1 / r)) for _ in range(2))
+            self.mimo_x, self.mimo_o = (nn.Parameter(torch.full((h, r, p), 1 / r)) for _ in range(2))  # in and out
             self.mimo_z = nn.Parameter(torch.ones(h, r, p))
         if config.is_outproj_norm:
             self.norm = HeadRMSNorm(e)
@@ -294,7 +295,7 @@ class Mamba3Mixer(nn.Module):
         _check("the input", x, "b", "l", config.d_model)
         (b, l, _), projected = x.shape, self.in_proj(x)
         starts = None if seq_idx is None else _starts(seq_idx, lengths, x.shape[:2])
-        now = self.new_state(b, x.device, x.dtype)
+        now = self.new_state(b, x.device, x.dtype)  # becomes a copy of the given state
         for name, tensor in {} if state is None else vars(state).items():
             _check(f"the state's {name}", tensor, *getattr(now, name).shape)
             setattr(now, name, getattr(now, name) if tensor is None else tensor.to(getattr(now, name).dtype))
@@ -321,10 +322,10 @@ class Mamba3Mixer(nn.Module):
             dt = dt.masked_fill(_padded(x.shape[1], lengths)[:, None], 0)  # dt = 0 leaves the state alone
         lam, A = torch.sigmoid(lam).mT, A.mT
         rate = F.softplus(A) if config.A_activation == "softplus" else torch.where(A > 0, 1 + A, 1 / (1 + A.abs()))
-        A = -rate.clamp(min=config.A_floor)
+        A = -rate.clamp(min=config.A_floor)  # the heavy tail is the official code's
         turns = cumsum_modulo_1(torch.tanh(theta).mT[:, None] * dt[:, :, None] / 2)  # pi tanh(theta) dt, as turns
         phi = ((state.angle[..., None] + turns) % 1).mT  # (b, h, l, s)
-        if starts is not None:  # less the angle before the document
+        if starts is not None:  # a document's angles begin at 0, as if it were alone
             first = starts * torch.arange(1, x.shape[1] + 1, device=x.device)
             first = first.cummax(1).values  # (b, l): where its document begins, from 1; 0: before x
             before = torch.cat([state.angle[:, :, None], phi], 2)  # (b, h, 1 + l, s)
@@ -357,10 +358,10 @@ class Mamba3Mixer(nn.Module):
         if not config.is_mimo:  # SISO's weights pair neighbours, MIMO's entries n / 2 apart, as `rotate` does
             B, bias = (rearrange(v, "... (j two) -> ... (two j)", two=2) for v in (B, bias))
         bias = rearrange(bias, "(g k) r n -> g k 1 r n", g=config.ngroups)
-        return rotate((B[:, :, None] + bias).flatten(1, 2), phi[..., None, :])
+        return rotate(B[:, :, None], bias, phi.unflatten(1, bias.shape[:2])[..., None, :]).flatten(1, 2)
 
     def new_state(self, batch_size: int, device: Any = None, dtype: torch.dtype | None = None) -> LayerState:
-        """The state at the start of a sequence, as zeros; by default with the weights' device and dtype."""
+        """The state at the start of a sequence, as zeros, by default on the weights' device; float32 at least."""
         config, b, h, n = self.config, batch_size, self.config.nheads, self.config.d_state
         shapes = [(b, h, config.n_angles), (b, h, config.headdim, n), (b, config.rank, h, n), (b, h, config.headdim)]
         device, dtype = device or self.D.device, torch.promote_types(dtype or self.D.dtype, torch.float32)
@@ -457,7 +458,7 @@ class Mamba3Encoder(Mamba3PreTrained):
         self.config = config
         self.layers = nn.ModuleList(Mamba3Block(config) for _ in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, eps=config.norm_epsilon)
-        for layer in self.layers:  # n_layer of them add to the residual stream
+        for layer in self.layers:  # the residual stream is a sum of as many, as in the official code also with MLPs
             for linear in (layer.mixer.out_proj, *([layer.mlp.fc2] if config.d_intermediate else [])):
                 linear.weight.data.div_(math.sqrt(config.n_layer))
 
@@ -476,7 +477,7 @@ class Mamba3Encoder(Mamba3PreTrained):
         dtype = self.norm_f.weight.dtype
         x = x.to(torch.promote_types(dtype, torch.float32) if self.config.residual_in_fp32 else dtype)
         order, lengths = (None, None) if attention_mask is None else _real_first(attention_mask, x.shape[:2])
-        if order is not None:
+        if order is not None:  # each row's real tokens first, then zeros
             x = x.take_along_dim(order[..., None], 1).masked_fill(_padded(x.shape[1], lengths)[..., None], 0)
             seq_idx = None if seq_idx is None else seq_idx.take_along_dim(order, 1)
         states = [None] * len(self.layers)
@@ -487,17 +488,17 @@ class Mamba3Encoder(Mamba3PreTrained):
             states = [LayerState(*stored.get(i, ())) for i in layers]
         recompute = self.config.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer, state in zip(self.layers, states, strict=True):
-            if recompute and state is None:  # once more a layer would start from the state that it has left
+            if recompute and state is None:  # with a state, a layer would start from where it ended the first time
                 x = checkpoint(layer, x, None, lengths, seq_idx, use_reentrant=False)
             else:
                 x = layer(x, state, lengths, seq_idx)
         x = self.norm_f(x)
         if inference_params is not None:
             for i, state in enumerate(states):
-                stored[i] = tuple(v.detach() for v in vars(state).values() if v is not None)
+                stored[i] = tuple(v.detach() for v in vars(state).values() if v is not None)  # a strange block has none
             if isinstance(inference_params, InferenceParams):
                 inference_params.seqlen_offset += x.shape[1]
-        return x if order is None else x.take_along_dim(order.argsort(1)[..., None], 1)
+        return x if order is None else x.take_along_dim(order.argsort(1)[..., None], 1)  # back in their places
 
 
 class Embedding(nn.Embedding):
@@ -543,7 +544,7 @@ class Mamba3ForCausalLM(Mamba3PreTrained):
         attention_mask: Tensor | None = None, seq_idx: Tensor | None = None, num_last_tokens: int = 0,
         loss_only: bool = False,
     ) -> Tensor | dict[str, Tensor]:  # fmt: skip
-        """Logits (b, l, padded_vocab_size), float32, from ids (b, l) or embeddings (b, l, d_model).
+        """Logits (b, l, padded_vocab_size), float32 at least, from ids (b, l) or embeddings (b, l, d_model).
 
         inference_params, attention_mask, seq_idx: see the encoder. Any number of tokens a call.
         labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; neither does padding, nor
@@ -589,7 +590,7 @@ class Mamba3ForCausalLM(Mamba3PreTrained):
         eos_token_id: an id or several, None for the config's, () for none. A row that drew one is filled up with the
             first of them and its state stays there; the result is shorter when all rows did.
         attention_mask: (b, l) of 0 and 1, for prompts of different lengths. Where it is 0 nothing is read.
-        use_cache: False reads the whole text anew for every token: the same ids, slowly.
+        use_cache: False reads the whole text anew for every token, where no cache is given: the same ids, slowly.
         inference_params: a cache whose text the prompt continues; afterwards it has read all but each row's last token.
         """
         sampling = (temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator, inference_params)
@@ -602,9 +603,9 @@ class Mamba3ForCausalLM(Mamba3PreTrained):
         return (token.item() for token in tokens) if len(input_ids) == 1 else tokens
 
     def resize_token_embeddings(self, vocab_size: int) -> nn.Module:
-        """Give embedding and head rows for vocab_size tokens; rows that are new start as in a new model."""
+        """Give embedding and head rows for vocab_size tokens; those that are new start as in a new embedding."""
         config = replace(self.config, vocab_size=vocab_size or 0)  # checks it
-        for part in {self.get_input_embeddings(), self.get_output_embeddings()}:
+        for part in dict.fromkeys([self.get_input_embeddings(), self.get_output_embeddings()]):
             new = part.weight.new_empty(config.padded_vocab_size, config.d_model).normal_(std=config.initializer_range)
             new[: len(part.weight)] = part.weight.detach()[: len(new)]
             part.weight = nn.Parameter(new, part.weight.requires_grad)
