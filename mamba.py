@@ -453,7 +453,7 @@ class MambaPreTrained(nn.Module):
         device: None is the CPU; dtype: None keeps the stored; hub: revision, token, cache_dir, local_files_only.
         Raises OSError for missing files, ValueError for a model that isn't implemented here and tensors that don't fit.
         """
-        return _load(cls, name, device or "cpu", dtype, hub)
+        return _load(cls, name, "cpu" if device is None else device, dtype, hub)
 
     def save_pretrained(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors in transformers' format; ValueError unless weights and config fit.
@@ -715,7 +715,7 @@ class InferenceParams:
             self.seqlen_offset = 0
 
     def clone(self) -> "InferenceParams":
-        """A copy: continue one prefix in several ways."""
+        """A copy, to continue one prefix in several ways. The two share tensors, none of which is ever written to."""
         return replace(self, key_value_memory_dict=dict(self.key_value_memory_dict))
 
     def select(self, rows: Tensor | Sequence[int]) -> "InferenceParams":
@@ -832,7 +832,7 @@ class MambaForSequenceClassification(MambaPreTrained):
         else:  # the mean over all real tokens, or over the last one alone
             last = real & (real.cumsum(1) == real.sum(1, keepdim=True))
             counts = last if self.config.pooling_strategy == "last" else real
-            pooled = (hidden * counts).sum(1, dtype=s) / counts.sum(1)
+            pooled = hidden.masked_fill(~counts, 0).sum(1, dtype=s) / counts.sum(1)
         logits = self.classifier(self.dropout(pooled.to(hidden.dtype))).to(s)
         if labels is None:
             return logits
@@ -846,8 +846,8 @@ class MambaForSequenceClassification(MambaPreTrained):
 MambaLMHeadModel = MambaForCausalLM  # state-spaces/mamba; the others are MiniMamba's
 Mamba = MambaForCausalLM  # state-spaces' is a layer
 MambaForCausalLM.generate_streaming = MambaForCausalLM.stream
-MambaPreTrained.get_cache_info = staticmethod(InferenceParams.get_cache_info)
-MambaPreTrained.reset_cache = staticmethod(InferenceParams.reset)
+MambaPreTrained.get_cache_info = lambda _, inference_params: InferenceParams.get_cache_info(inference_params)
+MambaPreTrained.reset_cache = lambda _, inference_params: InferenceParams.reset(inference_params)
 InferenceParams.reset_cache = InferenceParams.reset
 MambaForFeatureExtraction = MambaModel
 MambaLMConfig = MambaClassificationConfig = MambaConfig
@@ -984,7 +984,7 @@ def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Map
             tensors["classifier.weight"] = new(classes, config.d_model).normal_(std=config.initializer_range)
             tensors["classifier.bias"] = new(classes)
         _fill(model, {names.get(k, k): v for k, v in tensors.items() if k in names or k not in HEADS})
-    except OSError:
+    except (OSError, ImportError, MemoryError):
         raise
     except Exception as error:  # anything may stand in the place of settings
         raise ValueError(f"{path} makes no {cls.__name__}: {str(error).partition(chr(10))[0]}") from error
@@ -1006,11 +1006,11 @@ def _save(model: MambaPreTrained, directory: Path, state_dict: Mapping[str, Tens
     """See `save_pretrained`: all is written beside the old files, then renamed, config.json last."""
     from safetensors.torch import save_file
 
-    tensors = dict(model.named_parameters()) if state_dict is None else state_dict
-    sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
-    _require(not sharded, "state_dict must hold the whole tensors of a sharded model: a full get_model_state_dict's")
+    tensors = {k: v.detach() for k, v in dict(model.named_parameters() if state_dict is None else state_dict).items()}
+    whole = all(v.is_floating_point() and not hasattr(v, "full_tensor") for v in tensors.values())
+    _require(whole, "state_dict must hold whole, floating-point tensors: of a sharded model, a get_model_state_dict")
     with torch.device("meta"):
-        _fill(type(model)(model.config), tensors)
+        _fill(type(model)(model.config).requires_grad_(False), tensors)
     stored = _to_transformers(model.config)
     if not isinstance(model, MambaForCausalLM):
         stored["architectures"] = [type(model).__name__]
@@ -1020,9 +1020,9 @@ def _save(model: MambaPreTrained, directory: Path, state_dict: Mapping[str, Tens
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
         new, weights = Path(beside, "config.json"), Path(beside, "model.safetensors")
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, weights, metadata={"format": "pt"})
-        weights.chmod(0o644)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, weights, metadata={"format": "pt"})
         new.write_text(text)
+        weights.chmod(new.stat().st_mode)  # safetensors makes files that nobody else reads
         if config.exists() and config.read_bytes() != text.encode():
             config.unlink()  # a save cut short must not leave it with the weights of another model
         weights.replace(directory / weights.name)

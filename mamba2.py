@@ -92,8 +92,6 @@ class Mamba2Config:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        self.d_inner = self.expand * self.d_model
-        self.nheads = self.d_inner // self.headdim
         for name, least, most in (("dt_limit", 0, math.inf), ("A_init_range", 1e-9, 1e9)):
             pair = tuple(float(v) for v in getattr(self, name) if type(v) in (int, float))
             in_order = len(pair) == len(getattr(self, name)) == 2 and least <= pair[0] <= pair[1] <= most
@@ -110,6 +108,8 @@ class Mamba2Config:
         return None if self.vocab_size is None else -(-self.vocab_size // multiple) * multiple
 
     to_dict = asdict
+    d_inner = property(lambda self: self.expand * self.d_model)
+    nheads = property(lambda self: self.d_inner // self.headdim)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -373,7 +373,7 @@ class Mamba2PreTrained(nn.Module):
         device: None is the CPU; dtype: None keeps the stored; hub: revision, token, cache_dir, local_files_only.
         Raises OSError for missing files, ValueError for a model that isn't implemented here and tensors that don't fit.
         """
-        return _load(cls, name, device or "cpu", dtype, hub)
+        return _load(cls, name, "cpu" if device is None else device, dtype, hub)
 
     def save_pretrained(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write config.json and model.safetensors in transformers' format; ValueError unless weights and config fit.
@@ -635,7 +635,7 @@ class InferenceParams:
             self.seqlen_offset = 0
 
     def clone(self) -> "InferenceParams":
-        """A copy: continue one prefix in several ways."""
+        """A copy, to continue one prefix in several ways. The two share tensors, none of which is ever written to."""
         return replace(self, key_value_memory_dict=dict(self.key_value_memory_dict))
 
     def select(self, rows: Tensor | Sequence[int]) -> "InferenceParams":
@@ -752,7 +752,7 @@ class Mamba2ForSequenceClassification(Mamba2PreTrained):
         else:  # the mean over all real tokens, or over the last one alone
             last = real & (real.cumsum(1) == real.sum(1, keepdim=True))
             counts = last if self.config.pooling_strategy == "last" else real
-            pooled = (hidden * counts).sum(1, dtype=s) / counts.sum(1)
+            pooled = hidden.masked_fill(~counts, 0).sum(1, dtype=s) / counts.sum(1)
         logits = self.classifier(self.dropout(pooled.to(hidden.dtype))).to(s)
         if labels is None:
             return logits
@@ -766,8 +766,8 @@ class Mamba2ForSequenceClassification(Mamba2PreTrained):
 Mamba2LMHeadModel = Mamba2ForCausalLM  # mamba2-minimal's and state-spaces'; the others are MiniMamba's
 Mamba2 = Mamba2Mixer
 Mamba2ForCausalLM.generate_streaming = Mamba2ForCausalLM.stream
-Mamba2PreTrained.get_cache_info = staticmethod(InferenceParams.get_cache_info)
-Mamba2PreTrained.reset_cache = staticmethod(InferenceParams.reset)
+Mamba2PreTrained.get_cache_info = lambda _, inference_params: InferenceParams.get_cache_info(inference_params)
+Mamba2PreTrained.reset_cache = lambda _, inference_params: InferenceParams.reset(inference_params)
 InferenceParams.reset_cache = InferenceParams.reset
 Mamba2ForFeatureExtraction = Mamba2Model
 
@@ -896,7 +896,7 @@ def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Map
             tensors["classifier.weight"] = new(classes, config.d_model).normal_(std=config.initializer_range)
             tensors["classifier.bias"] = new(classes)
         _fill(model, {names.get(k, k): v for k, v in tensors.items() if k in names or k not in HEADS})
-    except OSError:
+    except (OSError, ImportError, MemoryError):
         raise
     except Exception as error:  # anything may stand in the place of settings
         raise ValueError(f"{path} makes no {cls.__name__}: {str(error).partition(chr(10))[0]}") from error
@@ -918,11 +918,11 @@ def _save(model: Mamba2PreTrained, directory: Path, state_dict: Mapping[str, Ten
     """See `save_pretrained`: all is written beside the old files, then renamed, config.json last."""
     from safetensors.torch import save_file
 
-    tensors = dict(model.named_parameters()) if state_dict is None else state_dict
-    sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
-    _require(not sharded, "state_dict must hold the whole tensors of a sharded model: a full get_model_state_dict's")
+    tensors = {k: v.detach() for k, v in dict(model.named_parameters() if state_dict is None else state_dict).items()}
+    whole = all(v.is_floating_point() and not hasattr(v, "full_tensor") for v in tensors.values())
+    _require(whole, "state_dict must hold whole, floating-point tensors: of a sharded model, a get_model_state_dict")
     with torch.device("meta"):
-        _fill(type(model)(model.config), tensors)
+        _fill(type(model)(model.config).requires_grad_(False), tensors)
     stored = _to_transformers(model.config)
     if not isinstance(model, Mamba2ForCausalLM):
         stored["architectures"] = [type(model).__name__]
@@ -932,9 +932,9 @@ def _save(model: Mamba2PreTrained, directory: Path, state_dict: Mapping[str, Ten
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
         new, weights = Path(beside, "config.json"), Path(beside, "model.safetensors")
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, weights, metadata={"format": "pt"})
-        weights.chmod(0o644)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, weights, metadata={"format": "pt"})
         new.write_text(text)
+        weights.chmod(new.stat().st_mode)  # safetensors makes files that nobody else reads
         if config.exists() and config.read_bytes() != text.encode():
             config.unlink()  # a save cut short must not leave it with the weights of another model
         weights.replace(directory / weights.name)

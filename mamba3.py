@@ -95,10 +95,6 @@ class Mamba3Config:
 
     def __post_init__(self) -> None:
         _check_fields(self)
-        self.d_inner = self.expand * self.d_model
-        self.nheads = self.d_inner // self.headdim
-        self.rank = self.mimo_rank if self.is_mimo else 1
-        self.n_angles = int(self.d_state * self.rope_fraction) // 2
         width = f"expand * d_model = {self.d_inner}"
         _require(self.d_inner % self.headdim == 0, f"headdim must divide {width}, got {self.headdim}")
         _require(self.nheads % self.ngroups == 0, f"ngroups must divide {width} / headdim, got {self.ngroups}")
@@ -112,6 +108,10 @@ class Mamba3Config:
         return None if self.vocab_size is None else -(-self.vocab_size // multiple) * multiple
 
     to_dict = asdict
+    d_inner = property(lambda self: self.expand * self.d_model)
+    nheads = property(lambda self: self.d_inner // self.headdim)
+    rank = property(lambda self: self.mimo_rank if self.is_mimo else 1)
+    n_angles = property(lambda self: int(self.d_state * self.rope_fraction) // 2)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -427,7 +427,7 @@ class Mamba3PreTrained(nn.Module):
         device: None is the CPU; dtype: None keeps the stored; hub: revision, token, cache_dir, local_files_only.
         Raises OSError for missing files, ValueError for a model that isn't implemented here and tensors that don't fit.
         """
-        return _load(cls, name, device or "cpu", dtype, hub)
+        return _load(cls, name, "cpu" if device is None else device, dtype, hub)
 
     def save_pretrained(
         self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None, safe_serialization: bool = True
@@ -693,7 +693,7 @@ class InferenceParams:
             self.seqlen_offset = 0
 
     def clone(self) -> "InferenceParams":
-        """A copy: continue one prefix in several ways."""
+        """A copy, to continue one prefix in several ways. The two share tensors, none of which is ever written to."""
         return replace(self, key_value_memory_dict=dict(self.key_value_memory_dict))
 
     def select(self, rows: Tensor | Sequence[int]) -> "InferenceParams":
@@ -810,7 +810,7 @@ class Mamba3ForSequenceClassification(Mamba3PreTrained):
         else:  # the mean over all real tokens, or over the last one alone
             last = real & (real.cumsum(1) == real.sum(1, keepdim=True))
             counts = last if self.config.pooling_strategy == "last" else real
-            pooled = (hidden * counts).sum(1, dtype=s) / counts.sum(1)
+            pooled = hidden.masked_fill(~counts, 0).sum(1, dtype=s) / counts.sum(1)
         logits = self.classifier(self.dropout(pooled.to(hidden.dtype))).to(s)
         if labels is None:
             return logits
@@ -824,8 +824,8 @@ class Mamba3ForSequenceClassification(Mamba3PreTrained):
 Mamba3LMHeadModel = Mamba3ForCausalLM  # state-spaces'; the others are MiniMamba's
 Mamba3 = Mamba3Mixer
 Mamba3ForCausalLM.generate_streaming = Mamba3ForCausalLM.stream
-Mamba3PreTrained.get_cache_info = staticmethod(InferenceParams.get_cache_info)
-Mamba3PreTrained.reset_cache = staticmethod(InferenceParams.reset)
+Mamba3PreTrained.get_cache_info = lambda _, inference_params: InferenceParams.get_cache_info(inference_params)
+Mamba3PreTrained.reset_cache = lambda _, inference_params: InferenceParams.reset(inference_params)
 InferenceParams.reset_cache = InferenceParams.reset
 Mamba3ForFeatureExtraction = Mamba3Model
 
@@ -854,7 +854,7 @@ def _from_state_spaces(stored: Mapping[str, Any]) -> Mamba3Config:
     wrong |= {name: value for name, value in ssm_cfg.items() if name not in {f.name for f in fields(Mamba3Config)}}
     _require(not wrong, f"config.json is of a model that this file does not implement, with {wrong}: use mamba_ssm")
     values = {name: stored[name] for name in TOP_LEVEL if name in stored}
-    if "vocab_size" in values and (values["vocab_size"] or 0) > END_OF_TEXT:
+    if "vocab_size" in values and (values["vocab_size"] or 0) > END_OF_TEXT and "eos_token_id" not in stored:
         values["eos_token_id"] = END_OF_TEXT
     special = {name: stored[name] for name in SPECIAL_TOKENS if stored.get(name) is not None}
     return Mamba3Config.from_dict(values | ssm_cfg | special)
@@ -934,7 +934,7 @@ def _load(cls: type, name: Any, device: Any, dtype: torch.dtype | None, hub: Map
             tensors["classifier.weight"] = new(classes, config.d_model).normal_(std=config.initializer_range)
             tensors["classifier.bias"] = new(classes)
         _fill(model, {names.get(k, k): v for k, v in tensors.items() if k in names or k not in HEADS})
-    except OSError:
+    except (OSError, ImportError, MemoryError):
         raise
     except Exception as error:  # anything may stand in the place of settings
         raise ValueError(f"{path} makes no {cls.__name__}: {str(error).partition(chr(10))[0]}") from error
@@ -956,26 +956,26 @@ def _save(model: Mamba3PreTrained, directory: Path, state_dict: Mapping[str, Ten
     """See `save_pretrained`: all is written beside the old files, then renamed, config.json last."""
     from safetensors.torch import save_file
 
-    tensors = dict(model.named_parameters()) if state_dict is None else state_dict
-    sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
-    _require(not sharded, "state_dict must hold the whole tensors of a sharded model: a full get_model_state_dict's")
+    tensors = {k: v.detach() for k, v in dict(model.named_parameters() if state_dict is None else state_dict).items()}
+    whole = all(v.is_floating_point() and not hasattr(v, "full_tensor") for v in tensors.values())
+    _require(whole, "state_dict must hold whole, floating-point tensors: of a sharded model, a get_model_state_dict")
     with torch.device("meta"):
-        _fill(type(model)(model.config), tensors)
+        _fill(type(model)(model.config).requires_grad_(False), tensors)
     special, stored = {name: getattr(model.config, name) for name in SPECIAL_TOKENS}, _to_state_spaces(model.config)
     files = {"generation_config.json": json.dumps(special, indent=2), "config.json": json.dumps(stored, indent=2)}
-    tensors = {k.replace("embeddings.", "embedding."): v.detach().contiguous() for k, v in tensors.items()}
+    tensors = {k.replace("embeddings.", "embedding."): v.contiguous() for k, v in tensors.items()}
     if not safe and model.config.tie_embeddings:  # the official loader is strict
         tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
-    config = directory / "config.json"
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as beside:
         weights = Path(beside, "model.safetensors" if safe else "pytorch_model.bin")
         save_file(tensors, weights, metadata={"format": "pt"}) if safe else torch.save(tensors, weights)
-        weights.chmod(0o644)
         for name, text in files.items():
             Path(beside, name).write_text(text)
-        if config.exists() and config.read_bytes() != files["config.json"].encode():
-            config.unlink()  # a save cut short must not leave it with the weights of another model
+        weights.chmod(Path(beside, "config.json").stat().st_mode)  # safetensors makes files that nobody else reads
+        old = [(directory / name).read_bytes() for name in files if (directory / name).exists()]
+        if old and old != [text.encode() for text in files.values()]:
+            (directory / "config.json").unlink(missing_ok=True)  # else a save cut short leaves it with others' weights
         weights.replace(directory / weights.name)
         for path in (path for name in WEIGHT_FILES + SHARDS for path in directory.glob(name)):
             if path.name != weights.name:  # of the checkpoint before

@@ -1797,6 +1797,11 @@ def test_saving_replaces_an_old_checkpoint_and_keeps_other_files(file, tmp_path)
     assert set(listing(tmp_path)) == kept | {"config.json", "model.safetensors"} | own
 
 
+def test_saving_leaves_frozen_parameters_frozen(file, tmp_path):
+    model = tiny(file).requires_grad_(False)
+    assert same_weights(again(model, tmp_path), model) and not any(p.requires_grad for p in model.parameters())
+
+
 HEADS = [(name, name) for name in ("Model", "Encoder", "ForFeatureExtraction", "ForSequenceClassification")]
 HEADS += [(name, "ForSequenceClassification") for name in ("Model", "ForCausalLM")]
 
@@ -1993,8 +1998,8 @@ def store_as(kind, model, directory):
 
 @on_posix
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("old", ["model.safetensors", "shards", "bin", "bin shards"])
-@pytest.mark.parametrize("settings", [{}, dict(n_layer=2), dict(dropout=0.5)])
+@pytest.mark.parametrize("old", ["model.safetensors", "shards", "bin shards"])
+@pytest.mark.parametrize("settings", [{}, dict(n_layer=2), dict(dropout=0.5), dict(eos_token_id=7)])
 def test_saving_that_is_killed_leaves_the_old_checkpoint_or_the_new(file, old, settings, tmp_path):
     small, directory, killed, calls = dict(d_model=16, n_layer=1), tmp_path / "c", True, itertools.count()
     models = tiny(file, **small), tiny(file, noise=0.2, **small | settings)
@@ -2008,7 +2013,8 @@ def test_saving_that_is_killed_leaves_the_old_checkpoint_or_the_new(file, old, s
             assert killed and settings
             continue
         either = models if killed else models[1:]
-        assert any(same_weights(stored, m) and stored.config.dropout == m.config.dropout for m in either)
+        settled = [all(getattr(stored.config, f) == getattr(m.config, f) for f in small | settings) for m in either]
+        assert any(settled and same_weights(stored, m) for settled, m in zip(settled, either, strict=True))
     assert next(calls) > 2
 
 
