@@ -517,7 +517,8 @@ class MambaEncoder(MambaPreTrained):
         x = self.norm_f(x)
         if inference_params is not None:
             for i, state in enumerate(states):
-                stored[i] = tuple(v.detach() for v in vars(state).values() if v is not None)  # a strange block has none
+                kept = (state.conv_state, state.ssm_state)  # None of a block that keeps none
+                stored[i] = tuple(v.detach() for v in kept if v is not None)
             if isinstance(inference_params, InferenceParams):
                 inference_params.seqlen_offset += x.shape[1]
         return x if order is None else x.take_along_dim(order.argsort(1)[..., None], 1)  # back in their places

@@ -70,7 +70,7 @@ class Mamba2Config:
     expand: int = 2
     headdim: int = 64
     ngroups: int = 1  # heads of a group share B and C
-    chunk_size: int = 64  # how SSD cuts its work; changes no result, so checkpoints' values for GPU kernels aren't read
+    chunk_size: int | None = None  # of SSD, changes no result; None: 64 on a CPU, else 256. Not read from checkpoints
     dt_min: float = 0.001  # dt starts log-uniform in [dt_min, dt_max], but at least dt_init_floor
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
@@ -162,7 +162,7 @@ def _exp(sums: Tensor) -> Tensor:
 
 def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None = None,
-    chunk_size: int = 64, *, D: Tensor | None = None, starts: Tensor | None = None,
+    chunk_size: int | None = None, *, D: Tensor | None = None, starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunked form (the block decomposition of section 6, Listing 1): matrix products, linear in l.
 
@@ -180,7 +180,8 @@ def ssd(
         _check(name, v, *shape)
     _check("initial_state", initial_state, b, h, p, n)
     _check("starts", starts, b, l, kind="boolean")
-    _require(h % g == 0 < chunk_size, f"B's groups must divide the heads, chunk_size be > 0: {g}, {h}, {chunk_size}")
+    fits = h % g == 0 and (chunk_size is None or chunk_size > 0)
+    _require(fits, f"B's groups must divide the heads, chunk_size be None or > 0, got {g}, {h}, {chunk_size}")
     x, A, B, C = (v.to(dt.dtype) for v in (x, A, B, C))
     state = dt.new_zeros(b, h, p, n) if initial_state is None else initial_state.to(dt.dtype)
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):  # there is none for meta
@@ -188,7 +189,7 @@ def ssd(
             y, state = ssd_recurrence(x, dt, A, B, C, state)
         else:
             a = dt * A if starts is None else (dt * A).masked_fill(starts[..., None], -1e30)  # a decay of 0
-            q = min(chunk_size, l)
+            q = min(chunk_size or (64 if x.device.type == "cpu" else 256), l)
             budget = 2**26 if x.device.type != "cpu" or torch.compiler.is_compiling() else 2**20  # elements of a tensor
             steps = q * max(1, budget // max(1, b * h * max(q * q, q * p, p * n)))
             state, ys = rearrange(state, "b (g k) p n -> b g n (k p)", g=g), []  # a product for the k heads of a group
@@ -286,8 +287,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         groups = (y * F.silu(z.to(y.dtype))).unflatten(-1, (self.ngroups, -1))
-        y = F.rms_norm(groups, groups.shape[-1:], eps=self.eps).flatten(-2)
-        return (y * self.weight).to(self.weight.dtype)
+        return (F.rms_norm(groups, groups.shape[-1:], eps=self.eps).flatten(-2) * self.weight).to(self.weight.dtype)
 
 
 class Mamba2Mixer(nn.Module):
@@ -437,7 +437,8 @@ class Mamba2Encoder(Mamba2PreTrained):
         x = self.norm_f(x)
         if inference_params is not None:
             for i, state in enumerate(states):
-                stored[i] = tuple(v.detach() for v in vars(state).values() if v is not None)  # a strange block has none
+                kept = (state.conv_state, state.ssm_state)  # None of a block that keeps none
+                stored[i] = tuple(v.detach() for v in kept if v is not None)
             if isinstance(inference_params, InferenceParams):
                 inference_params.seqlen_offset += x.shape[1]
         return x if order is None else x.take_along_dim(order.argsort(1)[..., None], 1)  # back in their places
@@ -795,7 +796,7 @@ def _to_transformers(config: Mamba2Config) -> dict[str, Any]:
     stored |= {"vocab_size": config.padded_vocab_size, "unpadded_vocab_size": config.vocab_size}
     stored |= {"pad_vocab_size_multiple": config.pad_vocab_size_multiple, "hidden_act": "silu", "use_cache": True}
     own = {"model_type": "mamba2", "architectures": ["Mamba2ForCausalLM"]}
-    return stored | own | {"num_heads": config.nheads, "chunk_size": config.chunk_size}
+    return stored | own | {"num_heads": config.nheads, "chunk_size": config.chunk_size or 256}
 
 
 def _from_transformers(stored: Mapping[str, Any]) -> Mamba2Config:

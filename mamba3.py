@@ -75,7 +75,7 @@ class Mamba3Config:
     mimo_rank: int = 4
     rope_fraction: float = 0.5  # of the state is rotated; published models have 0.5 or 1.0
     is_outproj_norm: bool = False  # an RMS norm of each head before the gate
-    chunk_size: int = 64  # steps; changes the work and not the result. With MIMO, 64 / mimo_rank is best
+    chunk_size: int | None = None  # changes no result; None: 64 on a CPU, else 256, over the rank. Not in checkpoints
     dt_min: float = 0.001  # dt starts log-uniform in [dt_min, dt_max], but at least dt_init_floor
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
@@ -291,16 +291,18 @@ class Mamba3Mixer(nn.Module):
         lengths: (b,), how many steps of each row are real; padding follows them and leaves the state alone.
         seq_idx: (b, l), integers that change where a new document begins, before which the state is forgotten; the
             first step goes on with the state's document."""
-        config, r = self.config, self.config.rank
+        config, r, n = self.config, self.config.rank, self.config.d_state
         _check("the input", x, "b", "l", config.d_model)
         (b, l, _), projected = x.shape, self.in_proj(x)
         starts = None if seq_idx is None else _starts(seq_idx, lengths, x.shape[:2])
         now = self.new_state(b, x.device, x.dtype)  # becomes a copy of the given state
-        for name, tensor in {} if state is None else vars(state).items():
-            _check(f"the state's {name}", tensor, *getattr(now, name).shape)
-            setattr(now, name, getattr(now, name) if tensor is None else tensor.to(getattr(now, name).dtype))
+        names = () if state is None else ("angle", "ssm_state", "key", "value")
+        for name in names:
+            given, zeros = getattr(state, name), getattr(now, name)
+            _check(f"the state's {name}", given, *zeros.shape)
+            setattr(now, name, zeros if given is None else given.to(zeros.dtype))
         # Some chunks at a time: on a CPU as many as stay in its cache, else as 2^26 elements hold.
-        chunk, n = max(1, min(config.chunk_size, l)), config.d_state
+        chunk = min(config.chunk_size or max(1, (64 if x.device.type == "cpu" else 256) // r), max(1, l))
         largest = b * config.nheads * max((chunk * r) ** 2, chunk * r * n, config.headdim * n)
         in_cache = x.device.type == "cpu" and not torch.compiler.is_compiling()
         steps, ys = chunk * max(1, (2**20 if in_cache else 2**26) // max(1, largest)), []
@@ -308,15 +310,15 @@ class Mamba3Mixer(nn.Module):
             for i, part in enumerate(projected.split(steps, dim=1)):
                 real = None if lengths is None else (lengths - i * steps).clamp(0, part.shape[1])
                 new = None if starts is None else starts[:, i * steps : (i + 1) * steps]
-                ys.append(self._mix(part, now, real, new))
-        if state is not None:
-            vars(state).update(vars(now))
+                ys.append(self._mix(part, now, real, new, chunk))
+        for name in names:
+            setattr(state, name, getattr(now, name))
         return self.out_proj(torch.cat(ys, dim=1).to(x.dtype))
 
-    def _mix(self, projected: Tensor, state: LayerState, lengths: Tensor | None, starts: Tensor | None) -> Tensor:
+    def _mix(self, x: Tensor, state: LayerState, lengths: Tensor | None, starts: Tensor | None, chunk: int) -> Tensor:
         """What lies between the projections, to (b, l, e); updates a state in which nothing is None."""
         config, h = self.config, self.config.nheads
-        z, x, B, C, dt, A, lam, theta = projected.to(state.angle.dtype).split(self.sizes, dim=-1)
+        z, x, B, C, dt, A, lam, theta = x.to(state.angle.dtype).split(self.sizes, dim=-1)
         dt = F.softplus(dt + self.dt_bias).mT  # (b, h, l)
         if lengths is not None:
             dt = dt.masked_fill(_padded(x.shape[1], lengths)[:, None], 0)  # dt = 0 leaves the state alone
@@ -326,8 +328,7 @@ class Mamba3Mixer(nn.Module):
         turns = cumsum_modulo_1(torch.tanh(theta).mT[:, None] * dt[:, :, None] / 2)  # pi tanh(theta) dt, as turns
         phi = ((state.angle[..., None] + turns) % 1).mT  # (b, h, l, s)
         if starts is not None:  # a document's angles begin at 0, as if it were alone
-            first = starts * torch.arange(1, x.shape[1] + 1, device=x.device)
-            first = first.cummax(1).values  # (b, l): where its document begins, from 1; 0: before x
+            first = (starts * torch.arange(1, x.shape[1] + 1, device=x.device)).cummax(1).values  # from 1; 0: before x
             before = torch.cat([state.angle[:, :, None], phi], 2)  # (b, h, 1 + l, s)
             before = before.take_along_dim((first - 1).clamp(min=0)[:, None, :, None], 2)
             phi = (phi - before * (first > 0)[:, None, :, None]) % 1
@@ -340,24 +341,22 @@ class Mamba3Mixer(nn.Module):
         last = before.mT @ state.key.transpose(1, 2)  # (b, h, p, n)
         inputs = (v, dt, lam, A, k, q, state.ssm_state, last)
         recurrent = x.shape[2] == 0 or (x.shape[2] == 1 and starts is None)
-        y, after = trapezoid_recurrence(*inputs) if recurrent else trapezoid_scan(*inputs, config.chunk_size, starts)
+        y, after = trapezoid_recurrence(*inputs) if recurrent else trapezoid_scan(*inputs, chunk, starts)
         state.angle = _last(phi, lengths, state.angle)
         state.key = _last(k, lengths, state.key.transpose(1, 2)).transpose(1, 2)
         state.value, state.ssm_state = _last(x[:, :, :, 0], lengths, state.value), after
 
         y = torch.addcmul(y, v, self.D.to(y.dtype)[:, None, None, None])
-        y = self.norm(y) if config.is_outproj_norm else y
-        y = y * F.silu(z)
+        y = (self.norm(y) if config.is_outproj_norm else y) * F.silu(z)
         y = (y * self.mimo_o[:, None]).sum(3) if config.is_mimo else y.squeeze(3)
         return rearrange(y, "b h l p -> b l (h p)")
 
     def _rotated(self, B: Tensor, norm: nn.Module, bias: Tensor, phi: Tensor) -> Tensor:
         """B or C (b, l, r g n), normed, shared by the heads of a group, biased and rotated: (b, h, l, r, n)."""
-        config = self.config
-        B = norm(rearrange(B, "b l (r g n) -> b g l r n", r=config.rank, n=config.d_state))
-        if not config.is_mimo:  # SISO's weights pair neighbours, MIMO's entries n / 2 apart, as `rotate` does
+        B = norm(rearrange(B, "b l (r g n) -> b g l r n", r=self.config.rank, n=self.config.d_state))
+        if not self.config.is_mimo:  # SISO's weights pair neighbours, MIMO's entries n / 2 apart, as `rotate` does
             B, bias = (rearrange(v, "... (j two) -> ... (two j)", two=2) for v in (B, bias))
-        bias = rearrange(bias, "(g k) r n -> g k 1 r n", g=config.ngroups)
+        bias = rearrange(bias, "(g k) r n -> g k 1 r n", g=self.config.ngroups)
         return rotate(B[:, :, None], bias, phi.unflatten(1, bias.shape[:2])[..., None, :]).flatten(1, 2)
 
     def new_state(self, batch_size: int, device: Any = None, dtype: torch.dtype | None = None) -> LayerState:
@@ -495,7 +494,8 @@ class Mamba3Encoder(Mamba3PreTrained):
         x = self.norm_f(x)
         if inference_params is not None:
             for i, state in enumerate(states):
-                stored[i] = tuple(v.detach() for v in vars(state).values() if v is not None)  # a strange block has none
+                kept = (state.angle, state.ssm_state, state.key, state.value)  # None of a block that keeps none
+                stored[i] = tuple(v.detach() for v in kept if v is not None)
             if isinstance(inference_params, InferenceParams):
                 inference_params.seqlen_offset += x.shape[1]
         return x if order is None else x.take_along_dim(order.argsort(1)[..., None], 1)  # back in their places
@@ -846,11 +846,10 @@ def _from_state_spaces(stored: Mapping[str, Any]) -> Mamba3Config:
     kind, ssm_cfg = stored.get("model_type"), {"layer": "Mamba1"} | (stored.get("ssm_cfg") or {})
     _require(kind is None, f"config.json with model_type {kind!r} is not state-spaces' format: use transformers or fla")
     _require("d_model" in stored, "config.json must have d_model and ssm_cfg, as in state-spaces' format")
-    layer = ssm_cfg.pop("layer")
+    layer, _ = ssm_cfg.pop("layer"), ssm_cfg.pop("chunk_size", None)  # which changes no result
     use = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py"}.get(layer, "mamba_ssm")
     _require(layer == "Mamba3", f"ssm_cfg['layer'] must be 'Mamba3' in this file, got {layer!r}: use {use}")
-    wrong = {name: stored[name] for name in ("attn_layer_idx",) if stored.get(name)}  # hybrids
-    wrong |= {} if stored.get("rms_norm", True) else {"rms_norm": False}  # LayerNorm
+    wrong = {k: stored[k] for k, plain in (("attn_layer_idx", []), ("rms_norm", True)) if stored.get(k, plain) != plain}
     wrong |= {name: value for name, value in ssm_cfg.items() if name not in {f.name for f in fields(Mamba3Config)}}
     _require(not wrong, f"config.json is of a model that this file does not implement, with {wrong}: use mamba_ssm")
     values = {name: stored[name] for name in TOP_LEVEL if name in stored}
@@ -865,6 +864,7 @@ def _to_state_spaces(config: Mamba3Config) -> dict[str, Any]:
     _require(config.norm_epsilon == 1e-5, f"norm_epsilon must be 1e-5 in a checkpoint, got {config.norm_epsilon}")
     elsewhere = {*TOP_LEVEL, *SPECIAL_TOKENS, "norm_epsilon", "gradient_checkpointing"}
     ssm_cfg = {name: value for name, value in config.to_dict().items() if name not in elsewhere}
+    ssm_cfg["chunk_size"] = config.chunk_size or max(1, 64 // config.rank)  # as in the published ones
     return {name: getattr(config, name) for name in TOP_LEVEL} | OFFICIAL | {"ssm_cfg": {"layer": "Mamba3"} | ssm_cfg}
 
 

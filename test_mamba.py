@@ -481,6 +481,11 @@ def test_each_form_cut_in_any_way_has_the_values_and_gradients_of_the_definition
         assert_all_close(gradients(got[part], inputs), gradients(wanted[part], inputs))
 
 
+def last_place(dt_A, l):
+    """A GPU may round exp by one unit (CUDA allows two) in the last place, and as long as the state lasts this adds up."""
+    return 2**-24 * min(l, 1 / -math.expm1(dt_A))
+
+
 @on_each_device
 @pytest.mark.parametrize("dt_A", [-(10.0**k) for k in range(-6, 5)])
 def test_scan_is_exact_at_any_decay(dt_A, device):
@@ -491,8 +496,9 @@ def test_scan_is_exact_at_any_decay(dt_A, device):
     def channel_error(y):
         return ((y.double().cpu() - exact).abs().amax(1) / exact.abs().amax(1)).max().item()
 
-    plain = channel_error(scan_by_definition(*(v.to(device) for v in inputs))[0])  # GPUs round exp otherwise
-    bound = max(1e-6, 1.5 * plain) if device != "cpu" else 1e-6 if abs(dt_A) >= 1e-2 else 1.5 * plain
+    plain = channel_error(scan_by_definition(*(v.to(device) for v in inputs))[0])
+    bound = 1e-6 if abs(dt_A) >= 1e-2 else 1.5 * plain
+    bound = bound if device == "cpu" else max(bound, last_place(dt_A, 4096))
     for pieces in (None, 8):
         assert channel_error(mamba.selective_scan(*(v.to(device) for v in inputs), pieces=pieces)[0]) <= bound
 
@@ -523,7 +529,8 @@ def test_float32_gradients_are_exact_at_any_decay(dt_A, name, way, device):
         leaves = leaves_of(inputs, torch.float64 if not results else torch.float32, to)
         results.append(gradients(function(*leaves), leaves))
     for i, (exact, plain, got) in enumerate(zip(*results, strict=True)):
-        assert error(got, exact) <= max(2e-6 if name == "mamba2" else 1e-6, 1.5 * error(plain, exact)), i
+        bound = max(2e-6 if name == "mamba2" else 1e-6, 1.5 * error(plain, exact))
+        assert error(got, exact) <= (bound if device == "cpu" else max(bound, last_place(dt_A, 400))), i
 
 
 WAYS = [("mamba", {"pieces": w}) for w in (1, 2, 3)] + [("mamba2", {"chunk_size": q}) for q in (3, 4, 16)]
