@@ -482,7 +482,7 @@ def test_each_form_cut_in_any_way_has_the_values_and_gradients_of_the_definition
 
 
 def last_place(dt_A, l):
-    """A GPU may round exp by one unit (CUDA allows two) in the last place, and as long as the state lasts this adds up."""
+    """GPUs may round exp by a unit in the last place (CUDA allows two); as long as the state lasts, that adds up."""
     return 2**-24 * min(l, 1 / -math.expm1(dt_A))
 
 
