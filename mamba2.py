@@ -819,7 +819,7 @@ def _from_state_spaces(stored: Mapping[str, Any]) -> Mamba2Config:
     _require("d_model" in stored, "config.json has neither model_type (transformers) nor d_model (state-spaces)")
     ssm_cfg = {"layer": "Mamba1"} | (stored.get("ssm_cfg") or {})
     layer = ssm_cfg.pop("layer")
-    use = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py"}.get(layer, "mamba_ssm")
+    use = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py", "Mamba3": "mamba3.py"}.get(layer, "mamba_ssm")
     _require(layer == LAYER, f"ssm_cfg['layer'] must be {LAYER!r} in this file, got {layer!r}: use {use}")
     ours = {f.name for f in fields(Mamba2Config)} - SSM_CFG.keys()
     wrong = {name: stored[name] for name in ("attn_layer_idx", "d_intermediate") if stored.get(name)}  # hybrids

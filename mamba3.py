@@ -847,7 +847,7 @@ def _from_state_spaces(stored: Mapping[str, Any]) -> Mamba3Config:
     _require(kind is None, f"config.json with model_type {kind!r} is not state-spaces' format: use transformers or fla")
     _require("d_model" in stored, "config.json must have d_model and ssm_cfg, as in state-spaces' format")
     layer, _ = ssm_cfg.pop("layer"), ssm_cfg.pop("chunk_size", None)  # which changes no result
-    use = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py"}.get(layer, "mamba_ssm")
+    use = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py", "Mamba3": "mamba3.py"}.get(layer, "mamba_ssm")
     _require(layer == "Mamba3", f"ssm_cfg['layer'] must be 'Mamba3' in this file, got {layer!r}: use {use}")
     wrong = {k: stored[k] for k, plain in (("attn_layer_idx", []), ("rms_norm", True)) if stored.get(k, plain) != plain}
     wrong |= {name: value for name, value in ssm_cfg.items() if name not in {f.name for f in fields(Mamba3Config)}}

@@ -1741,6 +1741,7 @@ FOREIGN = dict(norm_before_gate=True, D_has_hdim=True, d_ssm=64, rmsnorm=False)
 REFUSED += [("mamba2", field, dict(ssm_cfg={field: value})) for field, value in FOREIGN.items()]
 for name, other in itertools.permutations(LAYERS, 2):
     REFUSED += [(name, rf"use {other}\.py", changes) for changes in ({"model_type": other}, {"layer": LAYERS[other]})]
+REFUSED += [(name, r"use mamba3\.py", {"layer": "Mamba3"}) for name in LAYERS]
 
 
 @pytest.mark.parametrize("name, message, changes", REFUSED)
