@@ -517,7 +517,7 @@ class MambaEncoder(MambaPreTrained):
         x = self.norm_f(x)
         if inference_params is not None:
             for i, state in enumerate(states):
-                kept = (state.conv_state, state.ssm_state)  # None of a block that keeps none
+                kept = (state.conv_state, state.ssm_state)  # None: of a block without a state
                 stored[i] = tuple(v.detach() for v in kept if v is not None)
             if isinstance(inference_params, InferenceParams):
                 inference_params.seqlen_offset += x.shape[1]
@@ -613,7 +613,7 @@ class MambaForCausalLM(MambaPreTrained):
         eos_token_id: an id or several, None for the config's, () for none. A row that drew one is filled up with the
             first of them and its state stays there; the result is shorter when all rows did.
         attention_mask: (b, l) of 0 and 1, for prompts of different lengths. Where it is 0 nothing is read.
-        use_cache: False reads the whole text anew for every token, where no cache is given: the same ids, slowly.
+        use_cache: False reads the whole text anew for every token: the same ids, slowly.
         inference_params: a cache whose text the prompt continues; afterwards it has read all but each row's last token.
         """
         sampling = (temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator, inference_params)
@@ -750,6 +750,7 @@ def _generate(
     eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [eos]
     are_tokens = all(type(i) is int and 0 <= i < model.config.padded_vocab_size for i in eos)
     _require(are_tokens, f"eos_token_id must be None, a token or a list of them, got {eos}")
+    _require(use_cache or inference_params is None, "use_cache must be True with inference_params, got False")
     cache = InferenceParams() if use_cache and inference_params is None else inference_params
     mask = torch.ones_like(unread) if attention_mask is None else attention_mask
     _real_first(mask, unread.shape)  # checks it
@@ -818,7 +819,7 @@ class MambaForSequenceClassification(MambaPreTrained):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor | dict[str, Tensor]:
-        """Logits (b, num_labels), float32, from ids (b, l) or vectors (b, l, d_model).
+        """Logits (b, num_labels), float32 at least, from ids (b, l) or vectors (b, l, d_model).
 
         attention_mask: (b, l) of 0 and 1. Where it is 0 nothing is read.
         labels: (b,) classes, or numbers where num_labels is 1. Then the result is a dict of "loss" (mean cross entropy,
@@ -874,7 +875,7 @@ TRANSFORMERS_FIELDS = """
     dropout=classifier_dropout vocab_size=vocab_size"""
 TRANSFORMERS_DEFAULTS = {"n_layer": 32, "vocab_size": 50280, "initializer_range": 0.1}
 TRANSFORMERS_DEFAULTS |= {"pad_vocab_size_multiple": 1, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-# Arguments of state-spaces' layer that we don't have, with the value that they must have; ... where it has no effect.
+# Arguments of state-spaces' layer that aren't read, with the value that they must have; ... where it has no effect.
 LAYER, SSM_CFG = "Mamba1", {"use_fast_path": ...}
 
 
@@ -957,9 +958,7 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
             new = {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in new.items()}
             ok = (v.is_cpu and v.layout == torch.strided and v.nbytes <= len(v.untyped_storage()) for v in new.values())
             real = all(v.is_floating_point() for v in new.values())
-            _require(
-                real and all(ok) and tensors.keys().isdisjoint(new), "it must hold dense numbers, each in one file"
-            )
+            _require(real and all(ok) and tensors.keys().isdisjoint(new), "it must hold dense, real, new tensors")
             tensors |= new
     except Exception as error:  # of as many kinds as there are ways to damage a file
         raise OSError(f"can't load {path}: {type(error).__name__}, {str(error).partition(chr(10))[0]}") from error

@@ -963,7 +963,7 @@ max_new_tokens | m.generate(IDS, _, inference_params=c) | "5"; None; True; -1; 2
 eos_token_id | m.generate(IDS, 3, eos_token_id=_, inference_params=c) | -1; 5000; [3, 10**30]; {3}; [[3]]; [1.5]; "</s>"
 input_ids | m.generate(_, 3, inference_params=c) | IDS[:, :0]; IDS[0]; IDS > 3; IDS.byte(); IDS + 5000; VECTORS
 attention_mask | m.generate(IDS, 3, attention_mask=_, inference_params=c) | 2 * ONES; NOTHING; ONES[:1]
-generator | m.generate(IDS, 3, inference_params=c, _) | generator=3
+generator|use_cache | m.generate(IDS, 3, inference_params=c, _) | generator=3; use_cache=False
 state | m.generate(_, 3, inference_params=c) | IDS[:1]; IDS[[0, 0, 1]]
 temperature|num_beams | next(m.stream(IDS, inference_params=c, _)) | temperature=-0.5; num_beams=2
 (?i)index|row | c.select(_) | [0, 2]; [-1]; [[0, 1]]; torch.tensor([0.5]); torch.tensor([True, False])
