@@ -316,8 +316,7 @@ def _scan_in_pieces(
 class LayerState:
     """What a layer remembers of the sequence that it has read; empty at the start.
 
-    A layer replaces the tensors by new ones and never writes to them: they may be kept, shared, expanded, or learned.
-    """
+    A layer replaces the tensors and never writes to them: they may be kept, shared, expanded, or learned."""
 
     conv_state: Tensor | None = None  # (b, channels, d_conv), the last inputs of the convolution, in the weights' type
     ssm_state: Tensor | None = None  # (b, e, n), float32 at least
@@ -451,8 +450,7 @@ class MambaPreTrained(nn.Module):
         name: a checkpoint in transformers' or state-spaces' format, safetensors or pytorch_model.bin, in shards or not.
             A language model's gives a classifier, too, with a new last layer.
         device: None is the CPU; dtype: None keeps the stored; hub: revision, token, cache_dir, local_files_only.
-        Raises OSError for missing files, ValueError for a model that isn't implemented here and tensors that don't fit.
-        """
+        Raises OSError for missing files, ValueError for models of another kind and for tensors that don't fit."""
         return _load(cls, name, "cpu" if device is None else device, dtype, hub)
 
     def save_pretrained(self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -571,8 +569,8 @@ class MambaForCausalLM(MambaPreTrained):
 
         inference_params, attention_mask, seq_idx: see the encoder. Any number of tokens a call.
         labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; neither does padding, nor
-            the first token of a document. Then the result is a dict of "loss" (mean cross entropy in nats, float32)
-            and "logits", or with loss_only of "loss" alone: that never holds the logits of all positions.
+            the first token of a document. Then the result is a dict of "loss" (mean cross entropy in nats, float32
+            at least) and "logits", or with loss_only of "loss" alone: that never holds the logits of all positions.
         num_last_tokens: k > 0 gives the logits of the last k positions alone."""
         fits = type(num_last_tokens) is int and 0 <= num_last_tokens <= (math.inf if labels is None else 0)
         _require(fits, f"num_last_tokens must be 0 (all), or greater without labels, got {num_last_tokens!r}")
@@ -596,8 +594,8 @@ class MambaForCausalLM(MambaPreTrained):
 
     @torch.no_grad()
     def advance(self, token_ids: Tensor, states: Mapping[int, tuple]) -> tuple[Tensor, dict[int, tuple]]:
-        """`step` as a function, for torch.compile and torch.export: ids (b,) and states (the `key_value_memory_dict` of
-        a cache; {} at the start of a sequence) to logits and new states."""
+        """`step` as a function, for torch.compile and, in a module, torch.export: ids (b,) and states (a cache's
+        `key_value_memory_dict`; {} at the start of a sequence) to logits and new states."""
         cache = InferenceParams(dict(states))
         return self(token_ids[..., None], cache)[:, -1], cache.key_value_memory_dict
 
@@ -614,8 +612,7 @@ class MambaForCausalLM(MambaPreTrained):
             first of them and its state stays there; the result is shorter when all rows did.
         attention_mask: (b, l) of 0 and 1, for prompts of different lengths. Where it is 0 nothing is read.
         use_cache: False reads the whole text anew for every token: the same ids, slowly.
-        inference_params: a cache whose text the prompt continues; afterwards it has read all but each row's last token.
-        """
+        inference_params: a cache whose text the prompt continues; then it has read all but each row's last token."""
         sampling = (temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator, inference_params)
         tokens = _generate(self, input_ids, max_new_tokens, *sampling)
         return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)
@@ -721,8 +718,9 @@ class InferenceParams:
 
     def select(self, rows: Tensor | Sequence[int]) -> "InferenceParams":
         """A copy with these rows of the batch, chosen, repeated or reordered: beams, several answers to one prompt."""
-        layers = self.key_value_memory_dict.items()
-        states = {i: tuple(v.index_select(0, torch.as_tensor(rows, device=v.device)) for v in s) for i, s in layers}
+        rows, layers = torch.as_tensor(rows), self.key_value_memory_dict.items()
+        _check("rows", rows, "k", kind="integer", below=min((len(v) for _, s in layers for v in s), default=None))
+        states = {i: tuple(v.index_select(0, rows.to(v.device)) for v in s) for i, s in layers}
         return replace(self, key_value_memory_dict=states)
 
     def get_cache_info(self) -> dict[str, float]:
@@ -784,8 +782,7 @@ def _generate(
 def token_probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
     """The probabilities (b, v) from which `generate` draws, given logits (b, v) and its settings.
 
-    The same tokens have any as with transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper in turn.
-    """
+    The same tokens have any as with transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper."""
     fits = type(temperature) in (int, float) and 0 <= temperature < math.inf
     _require(fits, f"temperature must be 0 (greedy) or greater, got {temperature!r}")
     fits = top_k is None or (type(top_k) is int and top_k >= 0)
@@ -911,8 +908,8 @@ def _from_state_spaces(stored: Mapping[str, Any]) -> MambaConfig:
     use = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py", "Mamba3": "mamba3.py"}.get(layer, "mamba_ssm")
     _require(layer == LAYER, f"ssm_cfg['layer'] must be {LAYER!r} in this file, got {layer!r}: use {use}")
     ours = {f.name for f in fields(MambaConfig)} - SSM_CFG.keys()
-    wrong = {name: stored[name] for name in ("attn_layer_idx", "d_intermediate") if stored.get(name)}  # hybrids
-    wrong |= {} if stored.get("rms_norm", True) else {"rms_norm": False}  # LayerNorm
+    plain = {"attn_layer_idx": [], "d_intermediate": 0, "rms_norm": True, "quantization_config": None}
+    wrong = {name: stored[name] for name, value in plain.items() if stored.get(name) not in (None, value)}
     wrong |= {k: v for k, v in ssm_cfg.items() if k not in ours and SSM_CFG.get(k, "unknown") not in (..., v)}
     _require(not wrong, f"config.json is of a model that this file does not implement, with {wrong}: use mamba_ssm")
     # Without a word of it, the end of text is GPT-NeoX's, as in transformers' copies of these checkpoints.
@@ -957,7 +954,7 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
             new = load_file(path) if safe else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             new = {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in new.items()}
             ok = (v.is_cpu and v.layout == torch.strided and v.nbytes <= len(v.untyped_storage()) for v in new.values())
-            real = all(v.is_floating_point() for v in new.values())
+            real = all(v.is_floating_point() and v.itemsize > 1 for v in new.values())
             _require(real and all(ok) and tensors.keys().isdisjoint(new), "it must hold dense, real, new tensors")
             tensors |= new
     except Exception as error:  # of as many kinds as there are ways to damage a file

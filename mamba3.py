@@ -172,13 +172,22 @@ def trapezoid_scan(
 
         state_t = alpha_t state_{t-1} + beta_t v_{t-1} k_{t-1}^T + gamma_t v_t k_t^T        y_t = q_t state_t^T
 
-    v: (b, h, l, r, p), l > 0; dt, lam, A: (b, h, l); k, q: (b, h, l, r, n); state: (b, h, p, n); last: (b, h, p, n),
+    v: (b, h, l, r, p); dt, lam, A: (b, h, l); k, q: (b, h, l, r, n); state: (b, h, p, n); last: (b, h, p, n),
     v k^T of the step before; starts: (b, l), true where all before is forgotten. v k^T is summed over ranks, y has a
-    row for each. Returns y (b, h, l, r, p) and the state.
+    row for each. Returns y (b, h, l, r, p) and the state. Raises ValueError for arguments that don't fit.
 
     Input i reaches its own output by gamma_i, and later ones by beta_{i+1} as well: in all by the weight
     w_i = gamma_i + (1 - lam_{i+1}) dt_{i+1}, since beta has the decay of step i + 1 in it."""
-    l, r, t = v.shape[2], v.shape[3], min(chunk_size, v.shape[2])
+    _check("v", v, "b", "h", "l", "r", "p")
+    _check("k", k, *v.shape[:4], "n")
+    (b, h, l, r, p), n, t = v.shape, k.shape[-1], min(chunk_size, v.shape[2])
+    inputs = [("dt", dt, l), ("lam", lam, l), ("A", A, l), ("q", q, l, r, n), ("state", state, p, n)]
+    for name, x, *shape in [*inputs, ("last", last, p, n)]:
+        _check(name, x, b, h, *shape)
+    _check("starts", starts, b, l, kind="boolean")
+    _require(chunk_size > 0, f"chunk_size must be a positive integer, got {chunk_size}")
+    if l == 0 or (l == 1 and starts is None):
+        return trapezoid_recurrence(v, dt, lam, A, k, q, state, last)
     late, gamma, a = (1 - lam) * dt, lam * dt, dt * A
     if starts is not None:
         late, a = late.masked_fill(starts[:, None], 0), a.masked_fill(starts[:, None], -1e30)  # a decay of 0
@@ -217,8 +226,7 @@ def trapezoid_scan(
 class LayerState:
     """What a layer remembers of the sequence that it has read; empty at the start.
 
-    A layer replaces the tensors by new ones and never writes to them: they may be kept, shared, expanded, or learned.
-    """
+    A layer replaces the tensors and never writes to them: they may be kept, shared, expanded, or learned."""
 
     angle: Tensor | None = None  # (b, h, s), phi in turns; all four are float32 at least
     ssm_state: Tensor | None = None  # (b, h, p, n), the n in `rotate`'s order, as in key
@@ -339,9 +347,7 @@ class Mamba3Mixer(nn.Module):
         if config.is_mimo:
             v, before, z = x * self.mimo_x[:, None], before * self.mimo_x, z * self.mimo_z[:, None]
         last = before.mT @ state.key.transpose(1, 2)  # (b, h, p, n)
-        inputs = (v, dt, lam, A, k, q, state.ssm_state, last)
-        recurrent = x.shape[2] == 0 or (x.shape[2] == 1 and starts is None)
-        y, after = trapezoid_recurrence(*inputs) if recurrent else trapezoid_scan(*inputs, chunk, starts)
+        y, after = trapezoid_scan(v, dt, lam, A, k, q, state.ssm_state, last, chunk, starts)
         state.angle = _last(phi, lengths, state.angle)
         state.key = _last(k, lengths, state.key.transpose(1, 2)).transpose(1, 2)
         state.value, state.ssm_state = _last(x[:, :, :, 0], lengths, state.value), after
@@ -424,8 +430,7 @@ class Mamba3PreTrained(nn.Module):
         name: a checkpoint in state-spaces' format, safetensors or pytorch_model.bin, sharded or not. A
             classifier may be loaded from a language model's: its last layer then is new.
         device: None is the CPU; dtype: None keeps the stored; hub: revision, token, cache_dir, local_files_only.
-        Raises OSError for missing files, ValueError for a model that isn't implemented here and tensors that don't fit.
-        """
+        Raises OSError for missing files, ValueError for models of another kind and for tensors that don't fit."""
         return _load(cls, name, "cpu" if device is None else device, dtype, hub)
 
     def save_pretrained(
@@ -548,8 +553,8 @@ class Mamba3ForCausalLM(Mamba3PreTrained):
 
         inference_params, attention_mask, seq_idx: see the encoder. Any number of tokens a call.
         labels: (b, l), the ids themselves (they are shifted here), -100 where none counts; neither does padding, nor
-            the first token of a document. Then the result is a dict of "loss" (mean cross entropy in nats, float32)
-            and "logits", or with loss_only of "loss" alone: that never holds the logits of all positions.
+            the first token of a document. Then the result is a dict of "loss" (mean cross entropy in nats, float32
+            at least) and "logits", or with loss_only of "loss" alone: that never holds the logits of all positions.
         num_last_tokens: k > 0 gives the logits of the last k positions alone."""
         fits = type(num_last_tokens) is int and 0 <= num_last_tokens <= (math.inf if labels is None else 0)
         _require(fits, f"num_last_tokens must be 0 (all), or greater without labels, got {num_last_tokens!r}")
@@ -573,8 +578,8 @@ class Mamba3ForCausalLM(Mamba3PreTrained):
 
     @torch.no_grad()
     def advance(self, token_ids: Tensor, states: Mapping[int, tuple]) -> tuple[Tensor, dict[int, tuple]]:
-        """`step` as a function, for torch.compile and torch.export: ids (b,) and states (the `key_value_memory_dict` of
-        a cache; {} at the start of a sequence) to logits and new states."""
+        """`step` as a function, for torch.compile and, in a module, torch.export: ids (b,) and states (a cache's
+        `key_value_memory_dict`; {} at the start of a sequence) to logits and new states."""
         cache = InferenceParams(dict(states))
         return self(token_ids[..., None], cache)[:, -1], cache.key_value_memory_dict
 
@@ -591,8 +596,7 @@ class Mamba3ForCausalLM(Mamba3PreTrained):
             first of them and its state stays there; the result is shorter when all rows did.
         attention_mask: (b, l) of 0 and 1, for prompts of different lengths. Where it is 0 nothing is read.
         use_cache: False reads the whole text anew for every token: the same ids, slowly.
-        inference_params: a cache whose text the prompt continues; afterwards it has read all but each row's last token.
-        """
+        inference_params: a cache whose text the prompt continues; then it has read all but each row's last token."""
         sampling = (temperature, top_k, top_p, eos_token_id, attention_mask, use_cache, generator, inference_params)
         tokens = _generate(self, input_ids, max_new_tokens, *sampling)
         return torch.cat([input_ids, *(token[:, None] for token in tokens)], dim=1)
@@ -698,8 +702,9 @@ class InferenceParams:
 
     def select(self, rows: Tensor | Sequence[int]) -> "InferenceParams":
         """A copy with these rows of the batch, chosen, repeated or reordered: beams, several answers to one prompt."""
-        layers = self.key_value_memory_dict.items()
-        states = {i: tuple(v.index_select(0, torch.as_tensor(rows, device=v.device)) for v in s) for i, s in layers}
+        rows, layers = torch.as_tensor(rows), self.key_value_memory_dict.items()
+        _check("rows", rows, "k", kind="integer", below=min((len(v) for _, s in layers for v in s), default=None))
+        states = {i: tuple(v.index_select(0, rows.to(v.device)) for v in s) for i, s in layers}
         return replace(self, key_value_memory_dict=states)
 
     def get_cache_info(self) -> dict[str, float]:
@@ -761,8 +766,7 @@ def _generate(
 def token_probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float) -> Tensor:
     """The probabilities (b, v) from which `generate` draws, given logits (b, v) and its settings.
 
-    The same tokens have any as with transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper in turn.
-    """
+    The same tokens have any as with transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper."""
     fits = type(temperature) in (int, float) and 0 <= temperature < math.inf
     _require(fits, f"temperature must be 0 (greedy) or greater, got {temperature!r}")
     fits = top_k is None or (type(top_k) is int and top_k >= 0)
@@ -838,26 +842,23 @@ OFFICIAL = {"attn_layer_idx": [], "attn_cfg": {}, "rms_norm": True, "fused_add_n
 TOP_LEVEL = ["d_model", "d_intermediate", "n_layer", "vocab_size", "residual_in_fp32", "pad_vocab_size_multiple"]
 TOP_LEVEL += ["tie_embeddings"]
 SPECIAL_TOKENS = ["bos_token_id", "eos_token_id", "pad_token_id"]  # in generation_config.json
-END_OF_TEXT = 128001  # of Llama 3.1's tokenizer, which the published models use
-TOKENIZER = "NousResearch/Meta-Llama-3.1-8B"  # a mirror of it
 
 
 def _from_state_spaces(stored: Mapping[str, Any]) -> Mamba3Config:
     """The config in a config.json of state-spaces/mamba; ValueError for a model that this file does not implement."""
     kind, ssm_cfg = stored.get("model_type"), {"layer": "Mamba1"} | (stored.get("ssm_cfg") or {})
-    _require(kind is None, f"config.json with model_type {kind!r} is not state-spaces' format: use transformers or fla")
+    _require(kind is None, f"a config.json of model_type {kind!r} is for mamba.py, mamba2.py, fla or transformers")
     _require("d_model" in stored, "config.json must have d_model and ssm_cfg, as in state-spaces' format")
     layer, _ = ssm_cfg.pop("layer"), ssm_cfg.pop("chunk_size", None)  # which changes no result
     use = {"Mamba1": "mamba.py", "Mamba2": "mamba2.py", "Mamba3": "mamba3.py"}.get(layer, "mamba_ssm")
     _require(layer == "Mamba3", f"ssm_cfg['layer'] must be 'Mamba3' in this file, got {layer!r}: use {use}")
-    wrong = {k: stored[k] for k, plain in (("attn_layer_idx", []), ("rms_norm", True)) if stored.get(k, plain) != plain}
+    plain = {"attn_layer_idx": [], "rms_norm": True, "quantization_config": None}
+    wrong = {name: stored[name] for name, value in plain.items() if stored.get(name) not in (None, value)}
     wrong |= {name: value for name, value in ssm_cfg.items() if name not in {f.name for f in fields(Mamba3Config)}}
     _require(not wrong, f"config.json is of a model that this file does not implement, with {wrong}: use mamba_ssm")
-    values = {name: stored[name] for name in TOP_LEVEL if name in stored}
-    if "vocab_size" in values and (values["vocab_size"] or 0) > END_OF_TEXT and "eos_token_id" not in stored:
-        values["eos_token_id"] = END_OF_TEXT
-    special = {name: stored[name] for name in SPECIAL_TOKENS if stored.get(name) is not None}
-    return Mamba3Config.from_dict(values | ssm_cfg | special)
+    values = {"eos_token_id": 128001} if (stored.get("vocab_size") or 0) > 128001 else {}  # Llama 3.1's end of text
+    values |= {name: stored[name] for name in TOP_LEVEL + SPECIAL_TOKENS if name in stored}
+    return Mamba3Config.from_dict(values | ssm_cfg)
 
 
 def _to_state_spaces(config: Mamba3Config) -> dict[str, Any]:
@@ -906,7 +907,7 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
             new = load_file(path) if safe else torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             new = {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in new.items()}
             ok = (v.is_cpu and v.layout == torch.strided and v.nbytes <= len(v.untyped_storage()) for v in new.values())
-            real = all(v.is_floating_point() for v in new.values())
+            real = all(v.is_floating_point() and v.itemsize > 1 for v in new.values())
             _require(real and all(ok) and tensors.keys().isdisjoint(new), "it must hold dense, real, new tensors")
             tensors |= new
     except Exception as error:  # of as many kinds as there are ways to damage a file
@@ -1036,7 +1037,7 @@ def main() -> None:
     model = Mamba3ForCausalLM.from_pretrained(args.model, device=device, dtype=dtype and getattr(torch, dtype))
     path = _directory(args.model, {}) / "tokenizer.json"
     if not path.exists():  # the published checkpoints have none and use Llama 3.1's
-        path = hf_hub_download(TOKENIZER, "tokenizer.json")
+        path = hf_hub_download("NousResearch/Meta-Llama-3.1-8B", "tokenizer.json")  # a mirror
     tokenizer, decoder = Tokenizer.from_file(str(path)), DecodeStream(skip_special_tokens=True)
     prompt = torch.tensor([tokenizer.encode(args.prompt).ids], device=device)
     rng = torch.Generator(device).manual_seed(args.seed)

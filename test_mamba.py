@@ -18,6 +18,7 @@ import csv
 import functools
 import gc
 import importlib.metadata
+import inspect
 import io
 import itertools
 import json
@@ -285,8 +286,7 @@ TRANSFORMERS = {
 }
 
 UNTIED, ONE, EPSILON = dict(tie_word_embeddings=False), dict(num_hidden_layers=1), dict(layer_norm_epsilon=0.5)
-LIMITED = dict(time_step_limit=(0.01, 0.5))
-WIDE = dict(expand=16, intermediate_size=128, time_step_rank=5)
+LIMITED, WIDE = dict(time_step_limit=(0.01, 0.5)), dict(expand=16, intermediate_size=128, time_step_rank=5)
 
 
 def heads(n, width, groups, chunk, **more):
@@ -309,9 +309,8 @@ ODD_SETTINGS = {
     "mamba2 chunk 256": heads(8, 16, 4, 256, use_bias=True, time_step_limit=(0.1, math.inf), **EPSILON),
 }
 SETTINGS = ["mamba expand 3, conv 3", "falcon_mamba expand 16", "mamba2 expand 3, conv 3", "mamba2 chunk 256"]
-NOISES = [0.1, 0.3]
-VOCAB = 99
-SPLIT_BOUNDS = {0.1: 5e-6, 0.3: 5e-5}
+NOISES, VOCAB = [0.1, 0.3], 99
+SPLIT_BOUNDS = {0.1: 5e-6, 0.3: 5e-5}  # Mamba-3's are 20 times as large: its angles are sums over all steps
 with_settings = pytest.mark.parametrize("settings, noise", [(name, noise) for name in SETTINGS for noise in NOISES])
 
 
@@ -336,7 +335,7 @@ def transformers_model(settings, noise, **changes):
 
 
 def file_for(settings):
-    return FILES["mamba2" if settings.startswith("mamba2") else "mamba"]
+    return FILES[name if (name := settings[:6]) in FILES else "mamba"]
 
 
 @functools.cache
@@ -467,7 +466,7 @@ CASES += [("mamba2", "ssd", ssd_inputs(2, l, 4, 3, 2, 5), {"chunk_size": q}) for
 CASES += [("mamba", "selective_scan", scan_inputs(*sizes), {}) for sizes in ((40, 37, 64, 32), (3, 37, 2048, 16))]
 CASES += [("mamba2", "ssd", ssd_inputs(1, 600, 32, 64, 2, 4), {})]
 CASES += [("mamba3", "trapezoid_recurrence", trapezoid_inputs(2, l, 3, 4, 2, 5), {}) for l in (0, 1, 9)]
-CHUNKS = [(l, r, q) for l, r in ((1, 1), (9, 1), (9, 3), (130, 2)) for q in (1, 4, 64)]
+CHUNKS = [(l, r, q) for l, r in ((0, 2), (1, 1), (9, 1), (9, 3), (130, 2)) for q in (1, 4, 64)]
 CASES += [("mamba3", "trapezoid_scan", trapezoid_inputs(2, l, 3, 4, r, 5), {"chunk_size": q}) for l, r, q in CHUNKS]
 
 
@@ -590,15 +589,15 @@ def test_autocast_leaves_scan_and_ssd_in_float32(name, backward_inside):
     assert all(got.dtype == exact.dtype and torch.equal(got, exact) for got, exact in zip(*results, strict=True))
 
 
-def test_an_argument_of_scan_or_ssd_that_does_not_fit_is_named(first_file):
-    first, steps = {"mamba": ("u", "pieces"), "mamba2": ("x", "chunk_size")}[first_file.name]
-    inputs = dict(zip((first, "dt", "A", "B", "C", "initial_state"), first_file.inputs(6), strict=True))
-    inputs |= {"D": torch.ones(4)} | ({"z": inputs["dt"]} if first == "u" else {})
+def test_an_argument_of_scan_or_ssd_that_does_not_fit_is_named(file):
+    first, *names = inspect.signature(file.heart).parameters
+    inputs = dict(zip([first, *names], file.inputs(6), strict=False))
+    inputs |= ({"D": torch.ones(4)} if "D" in names else {}) | ({"z": inputs["dt"]} if "z" in names else {})
     wrong = [(name, value) for name, v in inputs.items() for value in (v[..., 0], v.int(), v * 1j)]
     wrong += [(name, v[:1]) for name, v in inputs.items() if name != first]  # which says how long the others must be
-    for name, value in [*wrong, (steps, 0)]:
-        with pytest.raises(ValueError, match=name):
-            first_file.heart(**inputs | {name: value})
+    for name, value in [*wrong, ("starts", torch.zeros(2, 6)), ("pieces" if "pieces" in names else "chunk_size", 0)]:
+        with pytest.raises(ValueError, match=rf"\b{name} (must|be)"):
+            file.heart(**inputs | {name: value})
 
 
 # Gradients of layers and models ---------------------------------------------------------------------------------------
@@ -861,9 +860,11 @@ PIECES = [[1, 129], [129, 1], [3, 60, 1, 2, 64], [64, 64, 2], [0, 65, 0, 0, 65, 
 
 
 @on_each_device
-@with_settings
+@pytest.mark.parametrize("settings, noise", [*itertools.product([*SETTINGS, "mamba3"], NOISES)])
 def test_any_split_of_padded_rows_and_steps_give_what_each_row_gives_alone(settings, noise, device, ours_for):
-    model, new, tokens = ours_for(settings, noise, device), file_for(settings).new, random_ids(4, 3, seed=1)
+    of_3, new, tokens = settings == "mamba3", file_for(settings).new, random_ids(4, 3, seed=1)
+    model = tiny(FILES[settings], noise, d_model=64).to(device) if of_3 else ours_for(settings, noise, device)
+    bound = SPLIT_BOUNDS[noise] * (20 if of_3 else 1)
     ids, mask, rows = padded_batch([130, 65, 1, 0], "any")
     for pieces in PIECES:
         params, got = new() if pieces[0] else SimpleNamespace(key_value_memory_dict={}), []  # any object with that dict
@@ -873,8 +874,8 @@ def test_any_split_of_padded_rows_and_steps_give_what_each_row_gives_alone(setti
         for i, row in enumerate(rows):
             wanted = logits_of(model, torch.cat([row, tokens[i : i + 1]], dim=1), alone := new())[0]
             of_row = torch.cat([got[i, mask[i].bool()], torch.stack(steps, 1)[i]])
-            assert of_row.dtype == torch.float32 and error(of_row, wanted) <= SPLIT_BOUNDS[noise]
-            assert_same_states([v[i : i + 1] for v in states(params)], states(alone), SPLIT_BOUNDS[noise])
+            assert of_row.dtype == torch.float32 and error(of_row, wanted) <= bound
+            assert_same_states([v[i : i + 1] for v in states(params)], states(alone), bound)
 
 
 @torch.no_grad()
@@ -966,7 +967,7 @@ attention_mask | m.generate(IDS, 3, attention_mask=_, inference_params=c) | 2 * 
 generator|use_cache | m.generate(IDS, 3, inference_params=c, _) | generator=3; use_cache=False
 state | m.generate(_, 3, inference_params=c) | IDS[:1]; IDS[[0, 0, 1]]
 temperature|num_beams | next(m.stream(IDS, inference_params=c, _)) | temperature=-0.5; num_beams=2
-(?i)index|row | c.select(_) | [0, 2]; [-1]; [[0, 1]]; torch.tensor([0.5]); torch.tensor([True, False])
+rows must | c.select(_) | [0, 2]; [-1]; [[0, 1]]; []; torch.tensor([0.5]); torch.tensor([True, False])
 vocab_size | m.resize_token_embeddings(_) | None; 0; -1; 99.5; "5"; True
 the input|state | m.backbone.layers[0].mixer(_) | IDS; VECTORS[0]; VECTORS, m.backbone.layers[0].mixer.new_state(3)
 the input|mask | build(file, "Encoder")(_) | IDS; VECTORS[0]; VECTORS[None]; VECTORS, attention_mask=ONES[:, :4]
@@ -978,7 +979,7 @@ Missing|floating | m.save_pretrained(tmp / "never", state_dict=_) | {}; {k: v.in
 norm_f.weight | m.save_pretrained(tmp / "never", state_dict={**m.state_dict(), _}) | "backbone.norm_f.weight": ONES
 """
 WRONG_CALLS = list(table(WRONG_CALLS))
-OF_TORCH = {"c.select": IndexError, "c.select(t": RuntimeError, "device=": RuntimeError, "m(": AttributeError}  # enough
+OF_TORCH = {"device=": RuntimeError, "m(": AttributeError}  # which say enough
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1859,7 +1860,7 @@ bins | weights | torch.save(_, path) | [torch.ones(3)]; torch.ones(3); {1: torch
 bins | weights | torch.save({NORM: _}, path) | runs(os.system, f"touch {pwned}"); runs(open, pwned, "w")
 bins | weights | path.write_bytes(pickle.dumps(_)) | {NORM: runs(os.system, f"touch {pwned}")}; runs(open, pwned, "w")
 bins | weights | archive(path, "w")._ | close(); writestr("a/b", "text")
-whole | weights | change(NORM, torch.Tensor._) | int; bool; cfloat
+whole | weights | change(NORM, lambda v: v.to(torch._)) | int32; bool; cfloat; float8_e5m2
 safe | weights | save({k: v for k, v in load(path).items() if _}, path) | k != NORM; "head" not in k; ".D" not in k
 safe | weights | save({**load(path), _: torch.ones(3)}, path) | NORM; "lm_head.bias"; "backbone.layers.1.norm.weight"
 bin | weights | change(_) | NORM, torch.Tensor.to_sparse; "", lambda v: v.to("meta")
@@ -1874,7 +1875,7 @@ safe | config.json | path._ | unlink(); write_bytes(b'{"d_model": "\\xff"}'); wr
 safe | config.json | put(path, d_model=_) | "16"; None; [16]; {}; math.nan; -16; 0; 1.5; True; 10**9; 10**400
 safe | config.json | put(path, n_layer=_) | "1"; {"__float__": None}; -1; 2; 10**6; 10**30
 safe | config.json | put(path, vocab_size=_) | None; 1.5; 10**9; 10**30; 10**400
-safe | config.json | put(path, _) | pad_vocab_size_multiple=0; tie_embeddings=3; eos_token_id=[1.5]; attn_layer_idx=[1]
+safe | config.json | put(path, _) | pad_vocab_size_multiple=0; tie_embeddings=3; eos_token_id=""; quantization_config=4
 safe | config.json | put(path, ssm_cfg=_) | "x"; [1]; {"layer": ["x"]}; {"layer": {}}; {"layer": None}
 safe | config.json | put(path, ssm_cfg={**old["ssm_cfg"], "d_state": _}) | -1; "8"; math.nan; 6; 10**12; 10**30
 safe | config.json | put(path, ssm_cfg=dict(old["ssm_cfg"], _)) | expand=0; expand=10**6; headdim=0; layers=1
@@ -2254,7 +2255,7 @@ def source_of(name):
 OWN = r"MambaLMConfig|S6|BaseMambaConfig|MambaLMHeadModel|Mamba"  # other projects' names; then a config's fields
 OWN += r"|TRANSFORMERS_\w+|\(?LAYER.*|SSM_CFG\w*|_\w+_transformers|_check_fields"
 OWN_OF_3 = r"\w+Block|GatedMLP|\w+PreTrained|\w+Encoder|InferenceParams|_from_\w+|_load|_save|main|OFFICIAL|TOP_LEVEL"
-OWN_OF_3 += r"|SPECIAL_TOKENS|_to_\w+|END_OF_TEXT|TOKENIZER"  # a block with an MLP, four states, another format
+OWN_OF_3 += r"|SPECIAL_TOKENS|_to_\w+"  # a block with an MLP, four states, another format
 
 
 def shared_part(name, number):

@@ -1,7 +1,7 @@
 """Classify sequences of vectors: handwritten digits, read row by row, with Mamba and with logistic regression.
 
     pip install -e ".[examples]"
-    python examples/classify.py                       # --model mamba2 for the other file
+    python examples/classify.py                       # or --model mamba2
 
 The data are scikit-learn's digits: 1797 pictures of 8 x 8 pixels from 0 to 16 (E. Alpaydin, 1998). A picture is a
 sequence of 8 vectors, its rows; a linear layer widens them to d_model and the classifier pools over the rows. In the
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where the two model files are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where the model files are
 
 from mamba import MambaConfig, MambaForSequenceClassification
 from mamba2 import Mamba2Config, Mamba2ForSequenceClassification

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where the two model files are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where the model files are
 
 import mamba
 import mamba2

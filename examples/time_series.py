@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where the two model files are
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where the model files are
 
 from mamba import MambaConfig, MambaEncoder
 from mamba2 import Mamba2Config, Mamba2Encoder

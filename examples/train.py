@@ -1,6 +1,6 @@
 """Train a Mamba, Mamba-2 or Mamba-3 language model on text, on one processor or many, and store it for others to load.
 
-    python examples/train.py                                                     # a small model of Python's own help
+    python examples/train.py                                                     # a small model of Python's own source
     python examples/train.py --data input.txt --model mamba2 --out runs/mamba2   # your text; --resume goes on with it
     python examples/train.py --data input.txt --evaluate runs/mamba2             # only print the validation loss
     python mamba2.py "ROMEO:" --model runs/mamba2                                # write text with it
