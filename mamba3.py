@@ -627,7 +627,7 @@ def _check(name: str, x: Tensor | None, *shape: int | str, kind: str = "real", b
     if not fits or any(type(s) is not str and s != n for s, n in zip(shape, x.shape, strict=True)):
         wanted = f"({', '.join(map(str, shape))})"
         raise ValueError(f"{name} must be {kind}, of shape {wanted}, got {x.dtype} of shape {tuple(x.shape)}")
-    if below and x.numel() and not x.is_meta and not torch.compiler.is_compiling():  # which doesn't look at values
+    if below is not None and x.numel() and not (x.is_meta or torch.compiler.is_compiling()):  # which show no values
         low, high = (bound.item() for bound in torch.aminmax(x))
         _require(low >= 0 and high < below, f"{name} must be in [0, {below}), got {low if low < 0 else high}")
 
@@ -908,7 +908,7 @@ def _stored_tensors(directory: Path) -> dict[str, Tensor]:
             new = {k.removeprefix("backbone.").replace("embedding.", "embeddings."): v for k, v in new.items()}
             ok = (v.is_cpu and v.layout == torch.strided and v.nbytes <= len(v.untyped_storage()) for v in new.values())
             real = all(v.is_floating_point() and v.itemsize > 1 for v in new.values())
-            _require(real and all(ok) and tensors.keys().isdisjoint(new), "it must hold dense, real, new tensors")
+            _require(real and all(ok) and tensors.keys().isdisjoint(new), "it must hold dense, new floats of 16+ bits")
             tensors |= new
     except Exception as error:  # of as many kinds as there are ways to damage a file
         raise OSError(f"can't load {path}: {type(error).__name__}, {str(error).partition(chr(10))[0]}") from error

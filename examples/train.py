@@ -16,6 +16,7 @@ import argparse
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -24,13 +25,13 @@ import tempfile
 import time
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -40,18 +41,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # where train_files.py
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository's root, where the model files are
 
 import train_files as files
-from train_files import RANK, WORLD, Corpus, total
+from train_files import CONFIGS, MODELS, RANK, WORLD, Corpus, LanguageModel, total
 
-from mamba import MambaConfig, MambaForCausalLM
-from mamba2 import Mamba2Config, Mamba2ForCausalLM
-from mamba3 import Mamba3Config, Mamba3ForCausalLM
-
-LanguageModel = MambaForCausalLM | Mamba2ForCausalLM | Mamba3ForCausalLM
-CONFIGS = {"mamba": MambaConfig, "mamba2": Mamba2Config, "mamba3": Mamba3Config}
-MODELS = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM, "mamba3": Mamba3ForCausalLM}
 WINDOW = 256  # tokens in a validation window, as in nanoGPT
 OWN = [path for name in ("email", "json", "pydoc_data") for path in Path(os.__file__).parent.glob(f"{name}/*.py")]
 FRESH = ("data", "out", "resume", "evaluate", "device", "threads", "fsdp")  # options that a resumed run takes anew
+NEW = {"d_model": 256, "n_layer": 6, "headdim": 64, "rope_fraction": 0.5}  # a new model's, where not given
+RANGES = dict.fromkeys(("steps", "batch_size", "accumulate", "eval_every", "log_every"), (1, math.inf))
+RANGES |= dict.fromkeys(("lr", "min_lr", "warmup", "weight_decay", "grad_clip", "threads"), (0, math.inf))
+RANGES |= {"dropout": (0, 1), "ema": (0, 1), "seq_len": (2, math.inf)}
 
 
 def die(message: str) -> NoReturn:
@@ -69,13 +67,14 @@ def read_options() -> argparse.Namespace:
     add("--out", type=Path, help="directory for the model, log.csv and loss.png (default: runs/MODEL)")
     add("--evaluate", metavar="DIR", help="only print the validation loss of the checkpoint in DIR")
     add("--init", metavar="DIR", help="start from this checkpoint, a directory or a name on the model hub")
-    add("--model", choices=MODELS, default="mamba")
+    add("--model", choices=MODELS, help="kind of a new model, as the next six (default: mamba)")
+    for name, value in NEW.items():
+        add(f"--{name.replace('_', '-')}", type=type(value), help=f"(default: {value})")
     add("--d-state", type=int, help="state size (default: mamba 16, others 64)")
+    add("--chunk-size", type=int, help="mamba2, mamba3 (default: 64 on a CPU, else 256; changes no result)")
     add("--amp", action=argparse.BooleanOptionalAction, help="train in bfloat16 autocast (default: where it is fast)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...")
-    numbers = {"d-model": (256, ""), "n-layer": (6, ""), "headdim": (64, "mamba2, mamba3: width of a head")}
-    numbers |= {"rope-fraction": (0.5, "mamba3: how much of a state is rotated"), "chunk-size": (64, "mamba2, mamba3")}
-    numbers |= {"steps": (1500, ""), "batch-size": (32, "rows of a step, over all processes and passes")}
+    numbers = {"steps": (1500, ""), "batch-size": (32, "rows of a step, over all processes and passes")}
     numbers |= {"accumulate": (1, "passes through a step's rows"), "seq-len": (256, "tokens that a row predicts")}
     numbers |= {"lr": (2e-3, "largest"), "min-lr": (1e-4, "at the end of the cosine"), "warmup": (100, "steps")}
     numbers |= {"weight-decay": (0.1, ""), "grad-clip": (1.0, "largest norm of the gradient; 0: no limit")}
@@ -90,17 +89,17 @@ def read_options() -> argparse.Namespace:
     for name, text in switches.items():
         add(f"--{name}", action="store_true", help=text)
     args = parser.parse_args()
-    args.out = args.out or Path("runs", args.model)
+    args.out = args.out or Path("runs", args.model or Path(args.init or "mamba").name)
     if args.resume and (args.out / "options.json").exists():
         if not (args.out / "tokens.bin").exists():
             raise ValueError(f"the run in {args.out} is finished")
         vars(args).update(json.loads((args.out / "options.json").read_text()))
-    for name in ("steps", "batch_size", "accumulate", "seq_len", "eval_every", "log_every"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(args, name)}")
-    for name in ("dropout", "ema"):
-        if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"{name} must be in [0, 1), got {getattr(args, name)}")
+    sizes = [name for name in (*NEW, "model", "d_state", "chunk_size") if getattr(args, name) is not None]
+    if args.init and sizes:
+        raise ValueError(f"--init brings a model as it is: leave out {', '.join(sizes)}")
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(args, name) < high:
+            raise ValueError(f"{name} must be in [{low}, {high}), got {getattr(args, name)}")
     if args.batch_size % (WORLD * args.accumulate):
         parts = f"{WORLD} (processes) x {args.accumulate} (accumulate)"
         raise ValueError(f"batch_size must be a multiple of {parts}, got {args.batch_size}")
@@ -125,22 +124,12 @@ def pick_device(args: argparse.Namespace) -> torch.device:
 
 def build(args: argparse.Namespace, tokenizer: Any) -> LanguageModel:
     """A new model with the options' sizes, of a tokenizer's tokens or of the 256 byte values."""
-    fields = {"d_state": 16 if args.model == "mamba" else 64, "vocab_size": len(tokenizer) if tokenizer else 256}
+    kind = args.model or "mamba"
+    fields = NEW | {"d_state": 16 if kind == "mamba" else 64, "vocab_size": files.vocabulary_size(tokenizer)}
     fields |= {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    known = {field.name for field in dataclasses.fields(CONFIGS[args.model])} - {"dropout"}  # that of classifiers
-    fields |= {name: value for name, value in vars(args).items() if name in known and value is not None}
-    return MODELS[args.model](CONFIGS[args.model](**fields))
-
-
-def load(name: str) -> LanguageModel:
-    """The stored model of any kind, in float32."""
-    try:
-        path = Path(name, "config.json") if Path(name).is_dir() else Path(hf_hub_download(name, "config.json"))
-    except OSError as error:
-        raise OSError(f"can't load {name!r}, which is no directory: {error}") from None
-    stored = json.loads(path.read_text())
-    kind = stored.get("model_type") or stored.get("ssm_cfg", {}).get("layer", "").lower()
-    return MODELS.get(kind, MambaForCausalLM).from_pretrained(name, dtype=torch.float32)
+    fields |= {name: value for name, value in vars(args).items() if value is not None}
+    known = {field.name for field in dataclasses.fields(CONFIGS[kind])} - {"dropout"}  # that of classifiers
+    return MODELS[kind](CONFIGS[kind](**{name: value for name, value in fields.items() if name in known}))
 
 
 @torch.no_grad()
@@ -247,21 +236,23 @@ def train(
     print(f"{kind}, {size:,} parameters, {WORLD} x {device}, {precision}, products at {limit / 1e12:.2f} TFLOP/s")
     optimizer = make_optimizer(model, args.weight_decay)
     progress = files.load_checkpoint(model, average, optimizer, args.out)
+    if progress["step"]:
+        print(f"from step {progress['step']}, with the options in {args.out / 'options.json'}")
     replica = DistributedDataParallel(model) if WORLD > 1 and not args.fsdp else model
     start, losses = time.time() - progress["seconds"], []
     clock = drawn = time.time()
     options = {"unit": "token", "unit_scale": per_step, "disable": True if RANK else None}
     bar = tqdm(range(progress["step"], args.steps), initial=progress["step"], total=args.steps, **options)
-    for step in bar:
+    for done in bar:  # steps
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args)
+            group["lr"] = learning_rate(done, args)
         model.train()
         losses.append(step_on(replica, optimizer, text, args))
-        decay = min(args.ema, step / (step + 10))  # the weights of the first steps are forgotten sooner
+        decay = min(args.ema, done / (done + 10))  # the weights of the first steps are forgotten sooner
         with torch.no_grad():
             for averaged, parameter in zip(average.parameters(), model.parameters(), strict=True):
                 averaged.lerp_(parameter, 1 - decay)
-        step, is_evaluated = step + 1, (step + 1) % args.eval_every == 0 or step + 1 == args.steps
+        step, is_evaluated = done + 1, (done + 1) % args.eval_every == 0 or done + 1 == args.steps
         if step % args.log_every and not is_evaluated:
             continue
 
@@ -271,7 +262,7 @@ def train(
         val_loss = evaluate(average, val) if is_evaluated else math.nan
         if not math.isfinite(train_loss) or (is_evaluated and not math.isfinite(val_loss)):
             die(f"the loss is not finite at step {step}: try a lower --lr")
-        lr, seconds = learning_rate(step - 1, args), time.time() - start
+        lr, seconds = learning_rate(done, args), time.time() - start
         numbers = f"{train_loss:.6f},{val_loss:.6f},{lr:.3e},{seconds:.1f},{speed:.0f}"
         progress["log"] += f"{step},{step * per_step},{numbers}\n".replace("nan", "")
         if is_evaluated:
@@ -301,13 +292,14 @@ def main() -> None:
         device, source, options = pick_device(args), args.evaluate or args.init, args.out / "options.json"
         if WORLD > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # while the first one reads the text
         torch.manual_seed(args.seed)
-        model = load(source) if source else None
+        model = files.load(source) if source else None
         name = args.tokenizer or (source if source and model.config.vocab_size != 256 else None)
         tokenizer = files.load_tokenizer(name) if name else None
         model = model or build(args, tokenizer)
-        if tokenizer and len(tokenizer) > model.config.padded_vocab_size:
-            raise ValueError(f"{name} has {len(tokenizer)} tokens, the model {model.config.padded_vocab_size}")
+        if (size := files.vocabulary_size(tokenizer)) > model.config.padded_vocab_size:
+            raise ValueError(f"{name} has {size} tokens, the model {model.config.padded_vocab_size}")
         if args.evaluate:
             with tempfile.TemporaryDirectory() as directory:
                 files.store(args.data, args.separator, tokenizer, Path(directory))
@@ -315,15 +307,17 @@ def main() -> None:
                 print(f"validation loss {evaluate(model.to(device), val):.4f} nats per token")
             return
         if RANK == 0 and not (args.resume and options.exists()):
-            if list(args.out.glob("checkpoint-*")):
-                raise ValueError(f"{args.out} holds an unfinished run: add --resume, or remove its checkpoint")
+            for path in itertools.chain(*map(args.out.glob, ("checkpoint-*", "*model*.safetensors", "*model*.bin"))):
+                raise ValueError(f"{path} is there: choose another --out, or --resume if the run was interrupted")
             _ = [path.stat() for path in args.data]  # an OSError, if one isn't there
             args.out.mkdir(parents=True, exist_ok=True)
             options.unlink(missing_ok=True)
             files.store(args.data, args.separator, tokenizer, args.out)
-            files.write(options, json.dumps({k: v for k, v in vars(args).items() if k not in FRESH}, indent=2))
-        total(torch.zeros(1, device=device))  # the others wait
+        if WORLD > 1:
+            dist.barrier(patient)
         text, val = files.read(args.out, tokenizer, args.seq_len, WINDOW)
+        if RANK == 0:
+            files.write(options, json.dumps({k: v for k, v in vars(args).items() if k not in FRESH}, indent=2))
     except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last from a torch without CUDA
         die(str(error))
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else model

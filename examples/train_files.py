@@ -8,9 +8,9 @@ one of Hugging Face's, or None for bytes: token 65 is then "A", and there are 25
 import itertools
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +18,34 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from huggingface_hub import hf_hub_download
 from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from mamba import MambaConfig, MambaForCausalLM
+from mamba2 import Mamba2Config, Mamba2ForCausalLM
+from mamba3 import Mamba3Config, Mamba3ForCausalLM
+
+LanguageModel = MambaForCausalLM | Mamba2ForCausalLM | Mamba3ForCausalLM
+CONFIGS = {"mamba": MambaConfig, "mamba2": Mamba2Config, "mamba3": Mamba3Config}
+MODELS = {"mamba": MambaForCausalLM, "mamba2": Mamba2ForCausalLM, "mamba3": Mamba3ForCausalLM}
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+PART = 2**15  # characters of a document that a tokenizer gets at once, up to twice as many
 LOG = "step,tokens,train_loss,val_loss,lr,seconds,tokens_per_second\n"
+
+
+def load(name: str) -> LanguageModel:
+    """The model stored in a directory or on the model hub, in float32."""
+    try:
+        path = Path(name, "config.json") if Path(name).is_dir() else Path(hf_hub_download(name, "config.json"))
+    except OSError as error:
+        raise OSError(f"can't load {name!r}, which is no directory: {error}") from None
+    stored = json.loads(path.read_text())
+    kind = stored.get("model_type") or stored.get("ssm_cfg", {}).get("layer", "").lower()
+    return MODELS.get(kind, MambaForCausalLM).from_pretrained(name, dtype=torch.float32)
 
 
 def total(value: Tensor) -> Tensor:
@@ -46,9 +66,14 @@ class Corpus(NamedTuple):
         return ids.to(device), torch.searchsorted(self.begins, index, right=True).to(device)
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """How many rows an embedding needs for its tokens; 256 for bytes."""
+    return max(tokenizer.get_vocab().values()) + 1 if tokenizer else 256
+
+
 def smallest_type(tokenizer: Any) -> type:
     """The type of tokens.bin."""
-    size = len(tokenizer) if tokenizer else 256
+    size = vocabulary_size(tokenizer)
     return np.uint8 if size <= 2**8 else np.uint16 if size <= 2**16 else np.int32
 
 
@@ -58,24 +83,50 @@ def store(paths: Iterable[Path], separator: str, tokenizer: Any, directory: Path
     paths: files, and directories, of which all *.txt files are read.
     separator: with escapes such as "\\n"; "" for none. It is left out.
     tokenizer: its end of text, where it has one, ends each document.
+
+    Documents of one token are left out: nothing predicts it.
     """
     dtype, cut = smallest_type(tokenizer), separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
-    files = (file for path in paths for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path]))
-    parts = (text.split(cut.encode()) if cut else [text] for text in map(Path.read_bytes, files))
-    documents = filter(None, itertools.chain.from_iterable(parts))
     end = [] if getattr(tokenizer, "eos_token_id", None) is None else [tokenizer.eos_token_id]
-    begins, n = [], 0
+    begins, n, parts = [], 0, documents_in_parts(paths, cut.encode(), tokenizer is not None)
     with open(directory / "tokens.tmp", "wb") as output:
-        while batch := list(itertools.islice(documents, 100)):
+        while batch := list(itertools.islice(parts, 32)):
+            pieces, first, last = zip(*batch, strict=True)
             if tokenizer:
-                texts = [document.decode(errors="replace") for document in batch]
-                batch = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-            for document in batch:
-                begins.append(n)
-                ids = np.array(document + end, dtype) if tokenizer else np.frombuffer(document, dtype)
+                pieces = tokenizer(list(pieces), add_special_tokens=False, verbose=False).input_ids
+            for piece, is_first, is_last in zip(pieces, first, last, strict=True):
+                piece = piece + end if tokenizer and is_last else piece
+                ids = np.array(piece, dtype) if tokenizer else np.frombuffer(piece, dtype)
+                if is_first and is_last and len(ids) < 2:
+                    continue
+                if is_first:
+                    begins.append(n)
                 n += output.write(ids) // ids.itemsize
     np.save(directory / "documents.npy", np.array(begins, np.int64))
     os.replace(directory / "tokens.tmp", directory / "tokens.bin")
+
+
+def documents_in_parts(paths: Iterable[Path], cut: bytes, as_text: bool) -> Iterator[tuple[Any, bool, bool]]:
+    """(part, is_first, is_last) of the documents that aren't empty: each whole, as bytes, or its text in parts.
+
+    A tokenizer takes 200 times the memory of what it is given. Parts end with a line, where one ends in time; beside
+    their borders the tokens may be others than of the whole."""
+    files = (file for path in paths for file in (sorted(path.rglob("*.txt")) if path.is_dir() else [path]))
+    for file in files:
+        whole = file.read_bytes()
+        for document in filter(None, whole.split(cut) if cut else [whole]):
+            if not as_text:
+                yield document, True, True
+                continue
+            try:
+                text, start = document.decode(), 0
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} must be UTF-8 to be read with a tokenizer: {error}") from None
+            while start < len(text):
+                line = re.compile(r"\n(?=\S)").search(text, start + PART, start + 2 * PART)
+                end = line.end() if line else min(start + 2 * PART, len(text))
+                yield text[start:end], start == 0, end == len(text)
+                start = end
 
 
 def read(directory: Path, tokenizer: Any, seq_len: int, window: int) -> tuple[Corpus, Corpus]:
@@ -92,11 +143,15 @@ def read(directory: Path, tokenizer: Any, seq_len: int, window: int) -> tuple[Co
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A Hugging Face tokenizer, from a directory or the model hub. ValueError where there is none."""
-    with suppress(OSError, ValueError):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if tokenizer("a").input_ids:  # else it was made of nothing, by the model's type
-            return tokenizer
-    raise ValueError(f"no tokenizer in {name}: name one, such as --tokenizer EleutherAI/gpt-neox-20b")
+    try:
+        tokenizer, why = AutoTokenizer.from_pretrained(name), "it has none"
+    except (OSError, ValueError, ImportError) as error:
+        tokenizer, why = None, str(error).strip().partition("\n")[0]
+    if not tokenizer or len(tokenizer.get_vocab()) <= len(tokenizer.all_special_ids):  # made of nothing, by model_type
+        raise ValueError(f"no tokenizer in {name} ({why}): name one, such as --tokenizer EleutherAI/gpt-neox-20b")
+    if vocabulary_size(tokenizer) == 256:
+        raise ValueError(f"the tokenizer in {name} must not have 256 tokens: a model of 256 reads bytes")
+    return tokenizer
 
 
 def save_model(model: nn.Module, tokenizer: Any, out: Path) -> None:
