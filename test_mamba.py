@@ -2478,7 +2478,7 @@ def test_two_processes_train_to_the_losses_of_one(model, way, script, tmp_path):
 
 
 def test_documents_of_one_token_leave_no_row_without_a_loss(script, tmp_path):
-    (tmp_path / "a.txt").write_text(("a\n" * 60 + "to be\nor\n") * 200)
+    (tmp_path / "a.txt").write_text(("a\n" * 60 + "to be\nor\n") * 500)
     options = [*TRAIN[:-3], "--data", tmp_path, "--separator", r"\n", "--seq-len", 2, "--accumulate", 4, "--steps", 20]
     assert script(*options, "--out", tmp_path / "out").status == 0 and len(losses_in(tmp_path / "out")) == 20
 
