@@ -200,7 +200,10 @@ def _block_states(
     t, r = u.shape[:2]
     decay, h = space[0, :t, :r], space[1, : t + 1, :r]
     steps = dt if starts is None else dt.masked_fill(starts.mT[..., None], torch.finfo(dt.dtype).max)  # a decay of 0
-    torch.mul(steps[..., None, :], A * LOG2_E, out=decay).exp2_()
+    torch.mul(steps[..., None, :], A * LOG2_E, out=decay)
+    if decay.is_cpu:  # slow with numbers below tiny, to which products of smaller decays would come
+        F.threshold_(decay, 0.75 * math.log2(torch.finfo(decay.dtype).tiny), -math.inf)
+    decay.exp2_()
     torch.mul((dt * u)[..., None, :], B[..., None], out=h[1:])
     h[0] = h0
     for before, after, d in zip(h[:-1].unbind(0), h[1:].unbind(0), decay.unbind(0), strict=True):
