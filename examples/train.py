@@ -16,7 +16,6 @@ import argparse
 import copy
 import dataclasses
 import io
-import itertools
 import json
 import math
 import os
@@ -64,12 +63,13 @@ def read_options() -> argparse.Namespace:
     add("--data", nargs="+", type=Path, default=sorted(OWN), help="files, directories of *.txt (default: Python's own)")
     add("--separator", default="", help=r"cut files into documents here: '\n\n' or other (default: nowhere)")
     add("--tokenizer", help="a Hugging Face tokenizer, by name or directory (default: --init's, else bytes)")
-    add("--out", type=Path, help="directory for the model, log.csv and loss.png (default: runs/MODEL)")
+    add("--out", type=Path, help="directory for the model, log.csv and loss.png (default: one in runs/)")
     add("--evaluate", metavar="DIR", help="only print the validation loss of the checkpoint in DIR")
     add("--init", metavar="DIR", help="start from this checkpoint, a directory or a name on the model hub")
     add("--model", choices=MODELS, help="kind of a new model, as the next six (default: mamba)")
+    texts = {"headdim": "mamba2, mamba3: width of a head ", "rope_fraction": "mamba3: how much of a state is rotated "}
     for name, value in NEW.items():
-        add(f"--{name.replace('_', '-')}", type=type(value), help=f"(default: {value})")
+        add(f"--{name.replace('_', '-')}", type=type(value), help=f"{texts.get(name, '')}(default: {value})")
     add("--d-state", type=int, help="state size (default: mamba 16, others 64)")
     add("--chunk-size", type=int, help="mamba2, mamba3 (default: 64 on a CPU, else 256; changes no result)")
     add("--amp", action=argparse.BooleanOptionalAction, help="train in bfloat16 autocast (default: where it is fast)")
@@ -89,14 +89,14 @@ def read_options() -> argparse.Namespace:
     for name, text in switches.items():
         add(f"--{name}", action="store_true", help=text)
     args = parser.parse_args()
+    sizes = [name for name in (*NEW, "model", "d_state", "chunk_size") if getattr(args, name) is not None]
+    if args.init and sizes:
+        raise ValueError(f"--init brings a model as it is: leave out {', '.join(sizes)}")
     args.out = args.out or Path("runs", args.model or Path(args.init or "mamba").name)
     if args.resume and (args.out / "options.json").exists():
         if not (args.out / "tokens.bin").exists():
             raise ValueError(f"the run in {args.out} is finished")
         vars(args).update(json.loads((args.out / "options.json").read_text()))
-    sizes = [name for name in (*NEW, "model", "d_state", "chunk_size") if getattr(args, name) is not None]
-    if args.init and sizes:
-        raise ValueError(f"--init brings a model as it is: leave out {', '.join(sizes)}")
     for name, (low, high) in RANGES.items():
         if not low <= getattr(args, name) < high:
             raise ValueError(f"{name} must be in [{low}, {high}), got {getattr(args, name)}")
@@ -307,8 +307,9 @@ def main() -> None:
                 print(f"validation loss {evaluate(model.to(device), val):.4f} nats per token")
             return
         if RANK == 0 and not (args.resume and options.exists()):
-            for path in itertools.chain(*map(args.out.glob, ("checkpoint-*", "*model*.safetensors", "*model*.bin"))):
-                raise ValueError(f"{path} is there: choose another --out, or --resume if the run was interrupted")
+            kinds = ("checkpoint-*", "*model*.safetensors", "*model*.bin")
+            if there := [path for kind in kinds for path in args.out.glob(kind)]:
+                raise ValueError(f"{there[0]} is there: choose another --out, or --resume if the run was interrupted")
             _ = [path.stat() for path in args.data]  # an OSError, if one isn't there
             args.out.mkdir(parents=True, exist_ok=True)
             options.unlink(missing_ok=True)
