@@ -2467,14 +2467,14 @@ SHARED = [("mamba", ["--accumulate", 2]), pytest.param("mamba2", ["--fsdp", "--a
 
 @pytest.mark.parametrize("model, way", SHARED)
 def test_two_processes_train_to_the_losses_of_one(model, way, script, tmp_path):
-    options = [*TRAIN, "--model", model, "--steps", 20, "--eval-every", 10, "--dropout", 0, "--separator", r"\n\n"]
+    options = [*TRAIN, f"--model={model}", "--steps=20", "--dropout=0", "--warmup=5", r"--separator=\n\n"]
     assert script(*options, "--out", tmp_path / "one").status == 0
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     done = run(*launch, *options, *way, "--out", tmp_path / "two", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     one, two = (losses_in(tmp_path / name) for name in ("one", "two"))
     one, two = (torch.tensor([[float(v or 0) for v in losses[step]] for step in range(1, 21)]) for losses in (one, two))
-    assert one[0, 0] - one[-1, 0] > 0.02 and (two - one).abs().max() <= 1e-4
+    assert one[0, 0] - one[-1, 0] > 0.1 and (two - one).abs().max() <= 1e-4
 
 
 def test_documents_of_one_token_leave_no_row_without_a_loss(script, tmp_path):
