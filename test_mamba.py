@@ -89,8 +89,7 @@ on_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork,
 
 def scan_by_definition(u, dt, A, B, C, state=None):
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t and y_t = C_t . h_t. u, dt (b, l, e), A (e, n), B, C (b, l, n)."""
-    h = u.new_zeros(u.shape[0], *A.shape) if state is None else state  # (b, e, n)
-    ys = [u[:, :0]]
+    ys, h = [u[:, :0]], u.new_zeros(u.shape[0], *A.shape) if state is None else state  # (b, e, n)
     for u_t, dt_t, B_t, C_t in zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
         h = torch.exp(dt_t[..., None] * A) * h + (dt_t * u_t)[..., None] * B_t[:, None]
         ys.append((h @ C_t[..., None]).mT)
@@ -99,8 +98,7 @@ def scan_by_definition(u, dt, A, B, C, state=None):
 
 def ssd_by_definition(x, dt, A, B, C, state=None):
     """The same recurrence with one decay per head. x (b, l, h, p), dt (b, l, h), A (h,), B, C (b, l, g, n)."""
-    heads_per_group = x.shape[2] // B.shape[2]
-    B, C = (M.repeat_interleave(heads_per_group, dim=2) for M in (B, C))  # (b, l, h, n)
+    B, C = (M.repeat_interleave(x.shape[2] // M.shape[2], dim=2) for M in (B, C))  # (b, l, h, n)
     h = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1]) if state is None else state  # (b, h, p, n)
     ys = [x[:, :0]]
     for x_t, dt_t, B_t, C_t in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
@@ -128,8 +126,7 @@ def rms_norm_by_definition(x, eps, groups=1):
 
 def convolution_by_definition(x, weight, bias):
     """Causal and depthwise, then SiLU. x (b, l, channels), weight (channels, 1, width)."""
-    width = weight.shape[-1]
-    padded = F.pad(x, (0, 0, width - 1, 0))
+    padded = F.pad(x, (0, 0, (width := weight.shape[-1]) - 1, 0))
     out = sum(padded[:, i : i + x.shape[1]] * weight[:, 0, i] for i in range(width))
     return F.silu(out if bias is None else out + bias)
 
@@ -219,8 +216,7 @@ def scan_inputs(b, length, e, n, dtype=torch.float64, seed=0):
     u, dt = torch.randn(b, length, e, generator=g), F.softplus(2 * torch.randn(b, length, e, generator=g) - 1)
     A = -torch.exp(torch.randn(e, n, generator=g))
     B, C = torch.randn(2, b, length, n, generator=g)
-    state = torch.randn(b, e, n, generator=g)
-    return [t.to(dtype) for t in (u, dt, A, B, C, state)]
+    return [t.to(dtype) for t in (u, dt, A, B, C, torch.randn(b, e, n, generator=g))]
 
 
 def ssd_inputs(b, length, h, p, g, n, dtype=torch.float64, seed=0):
@@ -228,13 +224,11 @@ def ssd_inputs(b, length, h, p, g, n, dtype=torch.float64, seed=0):
     x, dt = torch.randn(b, length, h, p, generator=r), F.softplus(2 * torch.randn(b, length, h, generator=r) - 1)
     A = -torch.exp(torch.randn(h, generator=r))
     B, C = torch.randn(2, b, length, g, n, generator=r)
-    state = torch.randn(b, h, p, n, generator=r)
-    return [t.to(dtype) for t in (x, dt, A, B, C, state)]
+    return [t.to(dtype) for t in (x, dt, A, B, C, torch.randn(b, h, p, n, generator=r))]
 
 
 def trapezoid_inputs(b, length, h, p, r, n, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    rows = (b, h, length)
+    g, rows = torch.Generator().manual_seed(seed), (b, h, length)
     v, lam = torch.randn(*rows, r, p, generator=g), torch.rand(rows, generator=g)
     dt, A = F.softplus(2 * torch.randn(rows, generator=g) - 1), -torch.exp(torch.randn(rows, generator=g))
     k, q = torch.randn(2, *rows, r, n, generator=g)
@@ -311,7 +305,6 @@ ODD_SETTINGS = {
 SETTINGS = ["mamba expand 3, conv 3", "falcon_mamba expand 16", "mamba2 expand 3, conv 3", "mamba2 chunk 256"]
 NOISES, VOCAB = [0.1, 0.3], 99
 SPLIT_BOUNDS = {0.1: 5e-6, 0.3: 5e-5}  # Mamba-3's are 20 times as large: its angles are sums over all steps
-with_settings = pytest.mark.parametrize("settings, noise", [(name, noise) for name in SETTINGS for noise in NOISES])
 
 
 @torch.no_grad()
@@ -548,8 +541,7 @@ def test_derivatives_of_scan_and_ssd_equal_finite_differences(name, way):
 
 @pytest.mark.parametrize("argument", range(6))
 def test_torch_func_sees_through_ssd_and_is_refused_by_the_scan(file, argument):
-    inputs = file.inputs(9)
-    v = inputs[argument]
+    v = (inputs := file.inputs(9))[argument]
 
     def derivatives(function):
         f = lambda v: function(*inputs[:argument], v, *inputs[argument + 1 :])[0].square().sum()  # noqa: E731
@@ -907,8 +899,6 @@ def test_states_have_the_documented_shapes_and_types_stay_finite_and_never_grow(
             assert all(v.isfinite().all() and v.untyped_storage().nbytes() == v.nbytes for v in layer)
         if length == 2 and file.name in FIRST:  # the newest stands last
             assert [bool(v.any()) for v in params.key_value_memory_dict[1][0].split(2, dim=-1)] == [False, True]
-    model.double()(random_ids(3, 2), params)  # a model that is cast goes on from its cache
-    assert all(v.dtype == torch.float64 and v.isfinite().all() for v in states(params))
 
 
 def test_the_cache_detaches_counts_resets_clones_selects_and_reports(file):
@@ -977,10 +967,11 @@ labels | build(file, "ForSequenceClassification")(IDS, labels=_) | IDS; IDS[:, 0
 dtype|gpu0 | file.LM.from_pretrained(place, _) | dtype=torch.int32; dtype=torch.cfloat; dtype="half"; device="gpu0"
 (?i)exists|directory | _ | file.Config.from_json("."); m.save_pretrained(ROOT / "LICENSE")
 Missing|floating | m.save_pretrained(tmp / "never", state_dict=_) | {}; {k: v.int() for k, v in m.state_dict().items()}
+norm_f.weight|unknown | m.load_state_dict({**m.state_dict(), _: ONES}) | "backbone.norm_f.weight"; "unknown"
 norm_f.weight | m.save_pretrained(tmp / "never", state_dict={**m.state_dict(), _}) | "backbone.norm_f.weight": ONES
 """
 WRONG_CALLS = list(table(WRONG_CALLS))
-OF_TORCH = {"device=": RuntimeError, "m(": AttributeError}  # which say enough
+OF_TORCH = {"device=": RuntimeError, "m(": AttributeError, "load_state": RuntimeError}  # which say enough
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -1001,7 +992,7 @@ def test_a_wrong_call_ends_in_an_error_that_names_the_argument_and_changes_nothi
     assert not (tmp_path / "never").exists()
 
 
-# State: threads, interruptions, memory --------------------------------------------------------------------------------
+# State: threads, casts, interruptions, memory -------------------------------------------------------------------------
 
 
 def test_threads_with_a_cache_each_share_a_model(file):
@@ -1015,6 +1006,17 @@ def test_threads_with_a_cache_each_share_a_model(file):
     assert all(map(torch.equal, texts, map(text, range(4), alone)))
     for one, other in zip(together, alone, strict=True):
         assert_same_states(states(one), states(other), 0)
+
+
+@pytest.mark.parametrize("first, then", [*itertools.permutations([torch.float32, torch.bfloat16, torch.float64], 2)])
+@torch.no_grad()
+def test_a_model_that_is_cast_between_two_calls_goes_on_from_its_cache(file, first, then):
+    model, ids, params, fresh = tiny(file).to(first), random_ids(2, 20), file.new(), file.new()
+    model(ids[:, :10], params)
+    logits = model.to(then)(ids[:, 10:], params)
+    assert error(logits, tiny(file).double()(ids)[:, 10:]) <= (0.1 if torch.bfloat16 in (first, then) else 1e-5)
+    model(ids, fresh)
+    assert [v.dtype for v in states(params)] == [v.dtype for v in states(fresh)]  # whatever stood there before
 
 
 def test_generation_that_is_interrupted_goes_on_from_its_cache(file):
@@ -1061,8 +1063,7 @@ def test_extreme_weights_give_finite_logits_states_and_gradients(file, name, dty
 @pytest.mark.parametrize("length", [1, 2, 70])
 def test_a_nan_or_infinity_in_one_row_stays_there(file, length):
     model, x, params, alone = tiny(file), torch.randn(3, length, 32, generator=generator()), file.new(), file.new()
-    healthy = x[[0, 2]]
-    x[1, 0] = torch.tensor([math.nan, math.inf]).repeat(16)
+    healthy, x[1, 0] = x[[0, 2]], torch.tensor([math.nan, math.inf]).repeat(16)
     for _ in range(2):  # from zero, then from a state whose row is not finite
         logits, exact = logits_of(model, x, params), logits_of(model, healthy, alone)
         assert logits[1].isnan().any() and error(logits[[0, 2]], exact) <= 1e-5
@@ -1376,8 +1377,7 @@ def test_two_layers_compile_whole_at_length_2048(file, tmp_path, monkeypatch):
 def test_forward_compiles_whole_with_a_filled_cache_and_with_a_mask(prefilled, file):
     model, _, params = prefilled
     compiled, ids, mask = torch.compile(model, backend="aot_eager", fullgraph=True), random_ids(2, 6), torch.ones(2, 6)
-    mask[0, :4] = 0
-    twin = params.clone()
+    mask[0, :4], twin = 0, params.clone()
     assert error(compiled(ids, params), model(ids, twin)) < 1e-5
     assert_same_states(states(params), states(twin), 1e-5)
     assert error(*(run_model(ids, attention_mask=mask)[mask.bool()] for run_model in (compiled, model))) < 1e-5
@@ -1858,7 +1858,8 @@ safe | config.json | path._ | unlink(); write_bytes(b'{"d_model": "\\xff"}'); wr
 safe | config.json | put(path, d_model=_) | "16"; None; [16]; {}; math.nan; -16; 0; 1.5; True; 10**9; 10**400
 safe | config.json | put(path, n_layer=_) | "1"; {"__float__": None}; -1; 2; 10**6; 10**30
 safe | config.json | put(path, vocab_size=_) | None; 1.5; 10**9; 10**30; 10**400
-safe | config.json | put(path, _) | pad_vocab_size_multiple=0; tie_embeddings=3; eos_token_id=""; quantization_config=4
+safe | config.json | put(path, _) | pad_vocab_size_multiple=0; tie_embeddings=3; eos_token_id=[1.5]; attn_layer_idx=[1]
+safe | config.json | put(path, quantization_config=_) | 4; {"bits": 4}
 safe | config.json | put(path, ssm_cfg=_) | "x"; [1]; {"layer": ["x"]}; {"layer": {}}; {"layer": None}
 safe | config.json | put(path, ssm_cfg={**old["ssm_cfg"], "d_state": _}) | -1; "8"; math.nan; 6; 10**12; 10**30
 safe | config.json | put(path, ssm_cfg=dict(old["ssm_cfg"], _)) | expand=0; expand=10**6; headdim=0; layers=1
@@ -1896,8 +1897,7 @@ def valid(name, kind):
 
 def header(path, **fields):
     stored = path.read_bytes()
-    size = struct.unpack("<Q", stored[:8])[0]
-    text = json.loads(stored[8 : 8 + size])
+    text = json.loads(stored[8 : 8 + (size := struct.unpack("<Q", stored[:8])[0])])
     text = json.dumps(text | {NORM: text[NORM] | fields}).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + stored[8 + size :])
 
